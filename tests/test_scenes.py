@@ -1,0 +1,101 @@
+"""PocketScenes: a pure function of its arguments, honest splits, clear errors, and pictures that match their table."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from slimlib.scenes import BACKGROUNDS, CLASSES, CUTOUTS, FOLDER, SPLITS, PocketScenes
+
+DIGEST = (
+    "import hashlib; from slimlib.scenes import PocketScenes; s = PocketScenes('test', 96, 3)[17]; "
+    "print(hashlib.sha256(s.image.tobytes() + s.matte.tobytes()).hexdigest())"
+)
+
+
+def test_the_world_is_as_large_as_promised():
+    assert len(CUTOUTS) >= 150 and len(CLASSES) >= 100 and len(BACKGROUNDS) >= 36
+
+
+def test_the_same_scene_in_another_process():
+    scene = PocketScenes("test", 96, 3)[17]
+    here = hashlib.sha256(scene.image.tobytes() + scene.matte.tobytes()).hexdigest()
+    there = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == here
+
+
+def test_another_seed_split_or_index_is_another_scene():
+    pixels = {
+        PocketScenes(split, 64, seed)[i].image.tobytes() for split in SPLITS for seed in (0, 1) for i in (0, 1)
+    }
+    assert len(pixels) == 12
+
+
+def test_the_same_scene_at_two_sizes_looks_alike():
+    small, large = PocketScenes("test", 64)[5], PocketScenes("test", 128)[5]
+    assert small.caption == large.caption
+    shrunk = np.asarray(large.image.resize((64, 64), 3), dtype=float)
+    assert np.abs(np.asarray(small.image, dtype=float) - shrunk).mean() < 12
+
+
+def test_matte_is_the_object():
+    areas = []
+    for i in range(62):
+        scene = PocketScenes("test")[i]
+        assert scene.matte.dtype == np.float32 and scene.matte.shape == (128, 128)
+        assert 0 <= scene.matte.min() and scene.matte.max() <= 1
+        areas.append(scene.matte.mean())
+    assert 0.02 < min(areas) and 0.1 < np.mean(areas) < 0.5 and max(areas) < 0.85
+
+
+def test_every_class_comes_equally_often():
+    test = PocketScenes("test", 32)
+    labels = [test[i].label for i in range(2 * len(CLASSES))]
+    assert sorted(labels) == sorted([*range(len(CLASSES))] * 2)
+
+
+def test_test_scenes_stand_on_unseen_photographs():
+    with (FOLDER / "catalogue.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "background"]
+    used = {split: {row["source"] for row in rows if row["split"] == split} for split in SPLITS}
+    assert not used["train"] & used["test"] and not used["train"] & used["val"] and not used["val"] & used["test"]
+
+
+def test_held_out_cutouts_never_occur_in_training():
+    held_out = {c.noun for c in CUTOUTS if c.held_out}
+    assert held_out
+    train = PocketScenes("train", 32)
+    assert not held_out & {train[i].noun for i in range(400)}
+    scenes = [PocketScenes("test", 32)[i] for i in range(400)]
+    assert all((s.noun in held_out) == (not s.seen) for s in scenes) and any(not s.seen for s in scenes)
+
+
+def test_nouns_end_in_their_class():
+    assert all(c.noun.endswith(CLASSES[c.label]) for c in CUTOUTS)
+
+
+@pytest.mark.parametrize("arguments", [("dev",), ("train", 8), ("train", 4096), ("train", 64.0), ("train", 64, -1)])
+def test_what_does_not_exist_is_an_error(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        PocketScenes(*arguments)
+
+
+@pytest.mark.parametrize("index", [-1, SPLITS["test"]])
+def test_an_index_beyond_the_end(index):
+    with pytest.raises(IndexError, match="0 to 2479"):
+        PocketScenes("test", 32)[index]
+
+
+def test_pictures_are_those_of_the_table():
+    sums = dict(line.split("  ")[::-1] for line in (FOLDER / "SHA256SUMS").read_text().splitlines())
+    files = [c.file for c in CUTOUTS] + [b.file for b in BACKGROUNDS]
+    assert {name for name in sums if not name.startswith("package/")} == set(files)
+    for file in files:
+        assert hashlib.sha256((FOLDER / file).read_bytes()).hexdigest() == sums[file], file
+    text = (FOLDER / "CREDITS.md").read_text()
+    assert all(file in text for file in files)
