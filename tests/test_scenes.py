@@ -30,9 +30,7 @@ def test_the_same_scene_in_another_process():
 
 
 def test_another_seed_split_or_index_is_another_scene():
-    pixels = {
-        PocketScenes(split, 64, seed)[i].image.tobytes() for split in SPLITS for seed in (0, 1) for i in (0, 1)
-    }
+    pixels = {PocketScenes(split, 64, seed)[i].image.tobytes() for split in SPLITS for seed in (0, 1) for i in (0, 1)}
     assert len(pixels) == 12
 
 

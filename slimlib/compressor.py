@@ -1,0 +1,568 @@
+"""The latent compressor: a mean-scale hyperprior on the latent of a diffusion model, one model for all rates.
+
+    z --g_a--> y --gate, gain, fineness--> round --> coded --> inverse gain, fineness --g_s--> z_hat
+         |                                   ^                       |
+         +--> roi_logits --> gate            | scale, mean, fineness |
+         +--> h --round--> h_hat --> IntegerNet ---------------------+
+
+After Minnen et al., "Joint autoregressive and hierarchical priors" (arXiv 1809.02736), without the
+autoregressive part; the gains after Cui et al., "Asymmetric gained deep image compression" (arXiv
+2003.02012). The encoder finds the region of interest by itself: attention over the whole latent grid, a head
+that learns to predict the region's map m while training, a gate that turns the latent down where that map is
+low, and a quantiser whose fineness varies over the image, carried by the hyper-latent. No mask is needed to
+compress. Encoder and decoder start as a block DCT of the latent; what they learn is added to that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from compressai.entropy_models import GaussianConditional
+from compressai.layers import ResidualBlock
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slimlib.entropy import (
+    FREQUENCY_BITS,
+    FINENESS_STEPS,
+    MEAN_STEPS,
+    QUALITY_KNOTS,
+    FrequencyTable,
+    IntegerNet,
+    RangeDecoder,
+    RangeEncoder,
+    clamp_ste,
+    gaussian_table,
+    round_ste,
+)
+from slimlib.repro import atomic_write, pick_device
+from slimlib.stream import StreamError
+
+SYMBOL_MAX = 2**15  # larger symbols are clipped by the encoder, and are an error for the decoder
+ATTENDED = 32  # attention sees at most 32 x 32 (pooled) cells, so that its cost grows linearly with the image
+
+
+@dataclass
+class CompressorConfig:
+    """Architecture, rate range and the diffusion's defaults. Unknown keys are refused.
+
+    Attributes:
+        latent_channels: channels C of z.
+        factor: pixels per latent cell along one side (only to count bits per pixel).
+        stages: halvings from z to y; the grid of y is 2**stages times coarser than z's.
+        stem, width, depth, heads: channels at the fine grids; at the grid of y; blocks there; their heads.
+        y_channels, h_channels: channels of the latent y and of the hyper-latent h (half of y's resolution).
+        net_width: channels of the integer network.
+        scale_min, scale_max, scale_levels: CompressAI-style table of standard deviations, log-spaced.
+        symbol_bound: symbols beyond it are escaped.
+        gain_min, gain_max: where the gains start before training, at quality 0 and 1.
+        t0_table: [quality, t0] knots, linear between them: noise level of the enhancement.
+        steps, guidance: defaults of the enhancement.
+    """
+
+    latent_channels: int = 4
+    factor: int = 4
+    stages: int = 2
+    stem: int = 64
+    width: int = 128
+    depth: int = 3
+    heads: int = 4
+    y_channels: int = 64
+    h_channels: int = 8
+    net_width: int = 64
+    scale_min: float = 0.11
+    scale_max: float = 24.0
+    scale_levels: int = 64
+    symbol_bound: int = 63
+    gain_min: float = 0.2
+    gain_max: float = 3.0
+    t0_table: list[list[float]] = field(default_factory=lambda: [[0.0, 500], [0.5, 250], [1.0, 80]])
+    steps: int = 4
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}.")
+        if not self.t0_table or any(len(knot) != 2 for knot in self.t0_table):
+            raise ValueError(f"t0_table must be a list of [quality, t0] pairs, not {self.t0_table}.")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> CompressorConfig:
+        """Raises ValueError on a key that is no field."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown keys in the compressor's config: {unknown}. Known: {sorted(known)}.")
+        return cls(**values)
+
+    @property
+    def log_step(self) -> float:
+        """Distance of two neighbours in the table of scales, as a logarithm."""
+        return float(np.log(self.scale_max / self.scale_min) / (self.scale_levels - 1))
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of z must be multiples of this (8 with two stages)."""
+        return 2 ** (self.stages + 1)
+
+    def t0(self, quality: float) -> int:
+        """Noise level at a quality in [0, 1]."""
+        knots = sorted(self.t0_table)
+        return round(float(np.interp(quality, [k[0] for k in knots], [k[1] for k in knots])))
+
+
+class LatentCompressor(nn.Module):
+    """See the module's docstring. `forward` trains and measures; `compress`, `decompress` make real bytes."""
+
+    def __init__(self, config: CompressorConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or CompressorConfig()
+        log_gain = torch.linspace(np.log(config.gain_min), np.log(config.gain_max), QUALITY_KNOTS)
+        log_gain = log_gain[:, None].repeat(1, config.y_channels)
+        hyper_gain = torch.linspace(np.log(0.5), np.log(2.0), QUALITY_KNOTS)[:, None].repeat(
+            1, config.h_channels
+        )
+
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.log_gain = nn.Parameter(log_gain.clone())
+        self.log_inverse_gain = nn.Parameter(-log_gain)
+        self.log_hyper_gain = nn.Parameter(hyper_gain.clone())
+        self.gate_depth = nn.Parameter(torch.full((QUALITY_KNOTS, config.y_channels), -1.0))
+        self.net = IntegerNet(
+            config.h_channels,
+            config.y_channels,
+            config.net_width,
+            config.scale_levels,
+            gains=log_gain.exp(),
+            index_start=(log_gain - np.log(config.scale_min)) / config.log_step,
+            hyper_gains=hyper_gain.exp(),
+            prior_start=float(-np.log(config.scale_min)) / config.log_step,
+        )
+        # The bound is what the rarest symbol has in the table of frequencies.
+        self.gaussian = GaussianConditional(
+            None, scale_bound=config.scale_min, likelihood_bound=2.0**-FREQUENCY_BITS
+        )
+        columns = 2 * config.symbol_bound + 2
+        self.register_buffer("table", torch.zeros(config.scale_levels, columns, dtype=torch.int32))
+        self._frequencies: FrequencyTable | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_gain.device
+
+    # ------------------------------------------------------------ training and measuring
+
+    def forward(self, z: Tensor, quality: Tensor | float) -> dict[str, Tensor | dict[str, Tensor]]:
+        """Run the whole way without coding.
+
+        In training mode rates see uniform noise and the decoder sees rounded values with straight-through
+        gradients (Minnen and Singh, arXiv 2007.08739); in evaluation mode all is as with the real coder.
+
+        Args:
+            z: (B, C, h, w) scaled latent.
+            quality: (B,) in [0, 1] (or one number), rounded to whole bytes.
+
+        Returns:
+            z_hat (B, C, h, w), likelihoods {"y": (B, M, h/4, w/4), "h": (B, N, h/8, w/8)},
+            roi_logits (B, 1, h, w), and the decoded integers "h_symbols" and "y_symbols".
+        """
+        self._check_latent(z)
+        byte = self._quality_bytes(quality, z.shape[0])
+        coded = self._code(z, byte)
+        return {
+            "z_hat": self._synthesise(coded["y_hat"], coded["index"], coded["fineness"], byte),
+            "likelihoods": {"y": coded["y_likelihood"], "h": coded["h_likelihood"]},
+            "roi_logits": coded["roi_logits"],
+            "y_symbols": coded["y_symbols"],
+            "h_symbols": coded["h_symbols"],
+        }
+
+    def _code(self, z: Tensor, byte: Tensor) -> dict[str, Tensor]:
+        """All of `forward` but the decoder."""
+        y, h, roi_logits = self._analyse(z, byte)
+        with torch.autocast(z.device.type, enabled=False):  # integers do not survive bfloat16
+            h_index, h_mean = self._predict(self.net.prior, self.net.exact_prior, byte)
+            h_symbols, h_hat, h_likelihood = self._quantise(h, h_index, h_mean)
+            index, mean, fineness = self._predict(self.net, self.net.exact, byte, h_hat * MEAN_STEPS)
+            scaled = y * torch.exp2(fineness / FINENESS_STEPS)
+            y_symbols, y_hat, y_likelihood = self._quantise(scaled, index, mean)
+        return {
+            "y_hat": y_hat,
+            "index": index,
+            "fineness": fineness,
+            "y_likelihood": y_likelihood,
+            "h_likelihood": h_likelihood,
+            "roi_logits": roi_logits,
+            "y_symbols": y_symbols,
+            "h_symbols": h_symbols,
+            "h_index": h_index,
+        }
+
+    def _analyse(self, z: Tensor, byte: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gated and gained latent, gained hyper-latent, and the predicted region of interest."""
+        y, h, roi_logits = self.encoder(z, byte.float() / 255)
+        y, h, roi_logits = y.float(), h.float(), roi_logits.float()
+        # Detached: the head answers for the region alone; the loss decides how far to turn down.
+        inside = F.avg_pool2d(torch.sigmoid(roi_logits.detach()), 2**self.config.stages)
+        gate = torch.exp(-F.softplus(_interpolate(self.gate_depth, byte)) * (1 - inside))
+        y = y * gate * torch.exp(_interpolate(self.log_gain, byte))
+        return y, h * torch.exp(_interpolate(self.log_hyper_gain, byte)), roi_logits
+
+    def _quantise(self, x: Tensor, index: Tensor, mean16: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Symbols, decoded values, likelihoods; noise for the likelihoods while training."""
+        mean = mean16 / MEAN_STEPS
+        symbols = clamp_ste(round_ste(x - mean), -SYMBOL_MAX, SYMBOL_MAX)
+        x_hat = symbols + mean
+        scales = self.config.scale_min * torch.exp(index * self.config.log_step)
+        _, likelihood = self.gaussian(x if self.training else x_hat, scales.expand_as(x), mean)
+        return symbols, x_hat, likelihood
+
+    def _synthesise(self, y_hat: Tensor, index: Tensor, fineness: Tensor, byte: Tensor) -> Tensor:
+        """Latent from the decoded values and their scale indices, which tell where detail was spent."""
+        y_hat = y_hat * torch.exp(_interpolate(self.log_inverse_gain, byte))
+        y_hat = y_hat * torch.exp2(-fineness / FINENESS_STEPS)
+        return self.decoder(y_hat, index / self.config.scale_levels - 0.5, byte.float() / 255)
+
+    def _predict(self, trained, exact, byte: Tensor, *inputs: Tensor) -> list[Tensor]:
+        """What the integer network says: with gradients while training, otherwise exactly, item by item."""
+        if self.training:
+            dtype = () if inputs else (torch.float32,)
+            return list(trained(*inputs, byte, *dtype))
+        rows = [exact(*(x[i : i + 1] for x in inputs), int(byte[i])) for i in range(len(byte))]
+        return [torch.cat(parts).to(byte.device, torch.float32) for parts in zip(*rows, strict=True)]
+
+    # ------------------------------------------------------------ real bytes
+
+    @torch.inference_mode()
+    def compress(self, z: Tensor, quality: float, coder: RangeEncoder) -> dict[str, Tensor]:
+        """Append hyper-latent and latent of one item to a coder.
+
+        Args:
+            z: (1, C, h, w) scaled latent; h and w multiples of `config.multiple`.
+            quality: in [0, 1].
+            coder: what came before (a caption) stays before.
+
+        Returns:
+            What each symbol costs in bits: "y" (M, h/4, w/4) and "h" (N, h/8, w/8); for maps and tables.
+
+        Raises:
+            ValueError: more than one item, a size that does not fit, or a latent that is not finite.
+        """
+        self._check_latent(z, one=True)
+        table = self._ready()
+        with self._evaluating():
+            coded = self._code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
+        bits = {}
+        for name, rows in (("h", coded["h_index"]), ("y", coded["index"])):
+            symbols = coded[f"{name}_symbols"].cpu().long()
+            cost = coder.encode_table(symbols.numpy(), rows.cpu().long().expand_as(symbols).numpy(), table)
+            bits[name] = torch.from_numpy(cost).reshape(symbols.shape[1:])
+        return bits
+
+    @torch.inference_mode()
+    def decompress(self, coder: RangeDecoder, shape: tuple[int, int], quality: float) -> Tensor:
+        """Take hyper-latent and latent of one item from a coder.
+
+        Args:
+            coder: positioned where `compress` began to append.
+            shape: (h, w) of the latent z.
+            quality: as given to `compress`.
+
+        Returns:
+            z_hat (1, C, h, w).
+
+        Raises:
+            StreamError: the bytes are damaged.
+        """
+        table, byte, multiple = self._ready(), quality_byte(quality), self.config.multiple
+        rows, columns = shape
+        if rows <= 0 or columns <= 0 or rows % multiple or columns % multiple:
+            raise ValueError(f"A latent of {rows} x {columns} is no multiple of {multiple}.")
+        h_index, h_mean = self.net.exact_prior(byte)
+        h_rows = h_index.expand(1, -1, rows // multiple, columns // multiple)
+        h_hat = _decode(coder, h_rows, table) * MEAN_STEPS + h_mean
+        index, mean, fineness = self.net.exact(h_hat, byte)
+        y_hat = _decode(coder, index, table) + mean / MEAN_STEPS
+        y_hat, scale, fine = (t.to(self.device, torch.float32) for t in (y_hat, index, fineness))
+        with self._evaluating():
+            return self._synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
+
+    def update(self) -> None:
+        """Check the integer network and compute the integer table of frequencies: once, when training ends."""
+        self.net.check()
+        config = self.config
+        scales = config.scale_min * np.exp(config.log_step * np.arange(config.scale_levels))
+        self.table.copy_(torch.from_numpy(gaussian_table(scales, config.symbol_bound)))
+        self._frequencies = None
+
+    def _ready(self) -> FrequencyTable:
+        if self._frequencies is None:
+            if not self.table.any():
+                raise RuntimeError("The table of frequencies is missing: call update() after training.")
+            self._frequencies = FrequencyTable(self.table.cpu().numpy())
+        return self._frequencies
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        before = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(before)
+
+    # ------------------------------------------------------------ files
+
+    def save_pretrained(self, folder: str | Path, config_only: bool = False) -> None:
+        """Write config.json and model.safetensors, each atomically.
+
+        The weights in memory take the stored values (fp16), so that what is measured is what is shipped.
+        """
+        folder = Path(folder)
+        if not config_only:
+            self.update()
+            stored = self._stored()
+            self._restore(stored)
+            atomic_write(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+        atomic_write(folder / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device | None = None
+    ) -> LatentCompressor:
+        """Read what `save_pretrained` wrote, strictly.
+
+        Raises:
+            FileNotFoundError: no such files.
+            ValueError: unknown config keys; missing, surplus or misshapen tensors; weights out of range.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no compressor: {name} is missing.")
+        model = cls(CompressorConfig.from_dict(json.loads((folder / "config.json").read_text())))
+        model._restore(load_file(folder / "model.safetensors"))
+        return model.eval().to(pick_device(device))
+
+    def fingerprint(self) -> int:
+        """16 bits over the config and every stored tensor but the encoder's: all that decoding depends on."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self._stored().items()):
+            if not name.startswith(("encoder.", "log_gain", "log_hyper_gain", "gate_depth")):
+                array = tensor.numpy()
+                digest.update(f"{name} {array.dtype} {array.shape}".encode())
+                digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        return int.from_bytes(digest.digest()[:2], "big")
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Tensors as they stand in the file: integers for the integer network, floats in fp16."""
+        stored = {f"net.{name}": tensor for name, tensor in self.net.integer_state().items()}
+        for name, tensor in self.state_dict().items():
+            if not name.startswith(("net.", "gaussian.")):  # CompressAI's buffers follow from the config
+                stored[name] = (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        return stored
+
+    def _restore(self, stored: dict[str, Tensor]) -> None:
+        """Inverse of `_stored`; strict."""
+        wanted = self._stored()
+        missing, surplus = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+        if missing or surplus:
+            raise ValueError(
+                f"The weights do not fit this compressor: missing {missing}, not known {surplus}."
+            )
+        for name, tensor in stored.items():
+            if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                    f"expected {tuple(wanted[name].shape)} {wanted[name].dtype}."
+                )
+        self.net.load_integer_state({n[4:]: t for n, t in stored.items() if n.startswith("net.")})
+        own = self.state_dict()
+        for name, tensor in stored.items():
+            if not name.startswith("net."):
+                own[name].copy_(tensor)
+        self._frequencies = None
+
+    # ------------------------------------------------------------ helpers
+
+    def _quality_bytes(self, quality: Tensor | float, batch: int) -> Tensor:
+        quality = torch.as_tensor(quality, dtype=torch.float32, device=self.device)
+        if not bool(((quality >= 0) & (quality <= 1)).all()):
+            raise ValueError(f"Quality must lie in [0, 1], not {quality.tolist()}.")
+        return (quality * 255).round().long().expand(batch)
+
+    def _check_latent(self, z: Tensor, one: bool = False) -> None:
+        multiple, channels = self.config.multiple, self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels or z.shape[2] % multiple or z.shape[3] % multiple:
+            raise ValueError(
+                f"Expected (B, {channels}, h, w) with h, w multiples of {multiple}; got {tuple(z.shape)}."
+            )
+        if one and (z.shape[0] != 1 or not bool(z.isfinite().all())):
+            raise ValueError(f"compress takes one finite latent at a time; got {tuple(z.shape)}.")
+
+
+def quality_byte(quality: float) -> int:
+    """What stands in a stream for a quality in [0, 1]."""
+    if not 0 <= quality <= 1:
+        raise ValueError(f"Quality must lie in [0, 1], not {quality}.")
+    return round(quality * 255)
+
+
+def _decode(coder: RangeDecoder, rows: Tensor, table: FrequencyTable) -> Tensor:
+    """As many symbols as there are rows, in their shape."""
+    symbols = torch.from_numpy(coder.decode_table(rows.numpy(), table)).reshape(rows.shape)
+    if int(symbols.abs().max()) > SYMBOL_MAX:
+        raise StreamError("The payload is damaged: it holds a value that no encoder writes.")
+    return symbols
+
+
+def _block_dct(channels: int, block: int, keep: int) -> Tensor:
+    """Orthonormal DCT of block x block cells in each channel: (keep, channels * block**2), lowest first.
+
+    Columns in the order of `F.pixel_unshuffle`. Rows beyond channels * block**2 are 0.
+    """
+    n = torch.arange(block, dtype=torch.float64)
+    basis = torch.cos(torch.pi * (2 * n + 1) * n[:, None] / (2 * block)) * (2 / block) ** 0.5
+    basis[0] /= 2**0.5
+    rows = torch.einsum("ui,vj,cd->uvcdij", basis, basis, torch.eye(channels, dtype=torch.float64))
+    frequency = (n[:, None] ** 2 + n**2)[:, :, None].expand(block, block, channels).flatten()
+    rows = rows.reshape(len(frequency), -1)[frequency.argsort(stable=True)]
+    return F.pad(rows, (0, 0, 0, max(0, keep - len(rows))))[:keep].float()
+
+
+def _interpolate(knots: Tensor, byte: Tensor) -> Tensor:
+    """(6, channels) knots, (B,) quality bytes -> (B, channels, 1, 1), linear between the knots."""
+    at = byte.float() * ((QUALITY_KNOTS - 1) / 255)
+    left = at.long().clamp(max=QUALITY_KNOTS - 2)
+    return torch.lerp(knots[left], knots[left + 1], (at - left)[:, None])[:, :, None, None]
+
+
+class Block(nn.Module):
+    """Transformer block on a grid: attention over all cells, then an MLP, both modulated by the quality."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.place = nn.Conv2d(width, width, 3, padding=1, groups=width)  # positions, and neighbours
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.modulate = nn.Linear(16, 4 * width)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, width, h, w), embedding (B, 16) of the quality."""
+        x = x + self.place(x)
+        rows, columns = x.shape[-2:]
+        scale1, shift1, scale2, shift2 = self.modulate(embedding)[:, None].chunk(4, dim=2)
+        tokens = x.flatten(2).transpose(1, 2)  # (B, h * w, width)
+        normed = self.norm1(tokens) * (1 + scale1) + shift1
+        seen = normed
+        if rows > ATTENDED or columns > ATTENDED:
+            grid = normed.transpose(1, 2).unflatten(2, (rows, columns))
+            grid = F.adaptive_avg_pool2d(grid, (min(rows, ATTENDED), min(columns, ATTENDED)))
+            seen = grid.flatten(2).transpose(1, 2)
+        q, k, v = (
+            t.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for t in (self.q(normed), *self.kv(seen).chunk(2, 2))
+        )
+        tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        tokens = tokens + self.mlp(self.norm2(tokens) * (1 + scale2) + shift2)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+class QualityEmbedding(nn.Module):
+    """(B,) quality in [0, 1] -> (B, 16) features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, quality: Tensor) -> Tensor:
+        return self.net(4 * quality[:, None] - 2)
+
+
+class Encoder(nn.Module):
+    """g_a with its heads: latent y, hyper-latent h, and the map of the region of interest."""
+
+    def __init__(self, config: CompressorConfig) -> None:
+        super().__init__()
+        channels, down = config.latent_channels, []
+        for stage in range(config.stages):
+            last = stage == config.stages - 1
+            out = config.width if last else config.stem
+            down += [
+                nn.Conv2d(channels, out, 5 if stage == 0 else 3, stride=2, padding=2 if stage == 0 else 1)
+            ]
+            down += [] if last else [ResidualBlock(out, out)]
+            channels = out
+        self.down = nn.Sequential(*down)
+        self.embed = QualityEmbedding()
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.block = block = 2**config.stages
+        inside = config.latent_channels * block**2
+        self.direct = nn.Conv2d(inside, config.y_channels, 1, bias=False)
+        self.direct.weight.data = _block_dct(config.latent_channels, block, config.y_channels)[
+            ..., None, None
+        ]
+        self.y = nn.Conv2d(config.width, config.y_channels, 1)
+        self.y.weight.data *= 0.1
+        self.h = nn.Sequential(
+            nn.Conv2d(config.width, config.width // 2, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(config.width // 2, config.h_channels, 1),
+        )
+        self.roi = nn.Sequential(
+            nn.Conv2d(config.width, 4**config.stages, 1), nn.PixelShuffle(2**config.stages)
+        )
+
+    def forward(self, z: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = self.embed(quality)
+        x = self.down(z)
+        for block in self.blocks:
+            x = block(x, embedding)
+        y = self.direct(F.pixel_unshuffle(z, self.block)) + self.y(x)
+        return y, self.h(x), self.roi(x)
+
+
+class Decoder(nn.Module):
+    """g_s: back to the diffusion model's latent."""
+
+    def __init__(self, config: CompressorConfig) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(2 * config.y_channels, config.width, 1)
+        self.embed = QualityEmbedding()
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads) for _ in range(max(1, config.depth - 1))
+        )
+        channels, up = config.width, []
+        for stage in range(config.stages):
+            out = max(config.stem >> stage, 16)
+            up += [nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(out, out)]
+            channels = out
+        self.up = nn.Sequential(*up, nn.Conv2d(channels, config.latent_channels, 3, padding=1))
+        self.up[-1].weight.data *= 0.1
+        self.block = 2**config.stages
+        self.direct = nn.Conv2d(config.y_channels, config.latent_channels * self.block**2, 1, bias=False)
+        dct = _block_dct(config.latent_channels, self.block, config.y_channels)
+        self.direct.weight.data = dct.T.contiguous()[..., None, None]
+
+    def forward(self, y_hat: Tensor, scale: Tensor, quality: Tensor) -> Tensor:
+        embedding = self.embed(quality)
+        x = self.enter(torch.cat([y_hat, scale], 1))
+        for block in self.blocks:
+            x = block(x, embedding)
+        return (F.pixel_shuffle(self.direct(y_hat), self.block) + self.up(x)).float()

@@ -1,0 +1,236 @@
+"""Every numbered notebook runs with small parameters, and is committed as a reader should find it.
+
+Also the runner behind `make tutorial` and `make notebooks`, on notebooks made up here.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from slimlib import tutorial
+from slimlib.tutorial import NOTEBOOKS, NUMBERED, WIDGET_VIEW, clean_notebook, run_notebook
+
+SMALL: dict[str, dict[str, object]] = {}
+"""For each notebook, by its name without suffix: the parameters that make it run in seconds."""
+
+TIME_LIMIT = 600.0
+FOUND = sorted(NOTEBOOKS.glob(NUMBERED))
+each_notebook = pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+
+
+# ---- the notebooks of the repository --------------------------------------------------------------------
+
+
+def test_each_notebook_has_small_parameters_and_a_place_in_the_index() -> None:
+    assert sorted(SMALL) == [path.stem for path in FOUND], "keep the table SMALL in step with notebooks/"
+    index = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in FOUND if f"]({path.name})" not in index]
+    assert not missing, "link them in notebooks/README.md"
+
+
+@each_notebook
+def test_parameters(path: Path) -> None:
+    """One cell of plain literals, each explained. SMALL names no others: papermill only logs a wrong one."""
+    cells = [cell for cell in _read(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1 and cells[0].cell_type == "code", "exactly one code cell is tagged `parameters`"
+    known = papermill.inspect_notebook(str(path))
+    assigned = set()
+    for statement in ast.parse(cells[0].source).body:
+        assert isinstance(statement, (ast.Assign, ast.AnnAssign)), "assignments only; derive in the next cell"
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        assert isinstance(target, ast.Name) and statement.value is not None
+        ast.literal_eval(statement.value)
+        assigned.add(target.id)
+        assert known.get(target.id, {}).get("help"), f"{target.id}: no comment that papermill finds"
+    assert set(known) == assigned
+    assert set(SMALL.get(path.stem, {})) <= assigned, "SMALL names a parameter that is not there"
+
+
+@each_notebook
+def test_committed_as_a_reader_should_find_it(path: Path) -> None:
+    """What `make notebooks` leaves: outputs of one run in order, and nothing of the machine that ran it."""
+    notebook = _read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}, "run `make notebooks`"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run `make notebooks`"
+    assert any(cell.outputs for cell in code)
+    for cell in code:
+        for output in cell.outputs:
+            assert output.output_type != "error", f"{cell.id}: {output.get('evalue')}"
+            assert WIDGET_VIEW not in output.get("data", {}), f"{cell.id}: a live widget; show a picture too"
+    machine = re.compile(
+        rf"(?<![\w.])(?:/(?:home|root|Users|tmp|mnt|opt|private)/\w+|[A-Z]:\\\w+|{re.escape(sys.prefix)})|"
+        r"\bat 0x[0-9a-f]+"
+    )
+    found = machine.findall(_text_of(notebook))
+    assert not found, f"paths of a machine or addresses in memory: {found[:3]}"
+    assert path.stat().st_size < 1_500_000, "smaller figures, or fewer"
+
+
+@each_notebook
+def test_reads_well(path: Path) -> None:
+    notebook = _read(path)
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    in_a_row = 0
+    for cell in notebook.cells:
+        in_a_row = in_a_row + 1 if cell.cell_type == "code" else 0
+        assert in_a_row <= 2, f"{cell.id}: a third code cell without prose"
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 40, f"{cell.id}: more than 40 lines"
+
+
+@pytest.mark.notebook
+@each_notebook
+def test_runs(path: Path, tmp_path: Path) -> None:
+    before = sorted(NOTEBOOKS.iterdir())
+    result = run_notebook(path, tmp_path, SMALL.get(path.stem), TIME_LIMIT)
+    assert result.ok, f"{result.problem}\n{result.log.read_text(errors='replace')[-3000:]}"
+    assert sorted(NOTEBOOKS.iterdir()) == before, "a notebook leaves no files behind"
+
+
+def _read(path: Path) -> NotebookNode:
+    return nbformat.reads(path.read_text(encoding="utf-8"), as_version=nbformat.NO_CONVERT)
+
+
+def _text_of(notebook: NotebookNode) -> str:
+    """Sources and textual outputs; not pictures."""
+    texts = [cell.source for cell in notebook.cells]
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            texts.append(str(output.get("text", "")))
+            texts += [str(v) for kind, v in output.get("data", {}).items() if not kind.startswith("image/")]
+    return "\n".join(texts)
+
+
+# ---- the runner -----------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, name: str, *sources: str) -> Path:
+    """A notebook with a title and the given code cells, never executed."""
+    notebook = new_notebook(cells=[new_markdown_cell("# Title"), *(new_code_cell(s) for s in sources)])
+    path = folder / f"{name}.ipynb"
+    path.write_text(nbformat.writes(notebook), encoding="utf-8")
+    return path
+
+
+@pytest.mark.notebook
+def test_a_failing_notebook_stops_nothing_else_and_fails_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "foreign/kernels/python3"  # somebody's own kernel of that name, which does not work
+    foreign.mkdir(parents=True)
+    spec = {"argv": ["false"], "display_name": "x", "language": "python"}
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "foreign"))
+    source = tmp_path / "notebooks"
+    source.mkdir()
+    bad = _write(source, "00_bad", "print('before')", "raise ValueError('no such luck')", "print('never')")
+    good = _write(
+        source,
+        "01_good",
+        "import sys, pathlib\nprint(sys.prefix, pathlib.Path.cwd().name)",
+        "import ipywidgets\nfrom tqdm import tqdm\nfor _ in tqdm(range(3)): pass\nipywidgets.IntSlider()",
+    )
+    before, ids = bad.read_bytes(), [cell.id for cell in _read(good).cells]
+
+    status = tutorial.main(["--write", "--notebooks", str(source), "--runs", str(tmp_path / "runs")])
+
+    said = capsys.readouterr().out
+    assert status == 1
+    assert re.search(r"\[1/2\] 00_bad \.\.\. FAILED, \d+ s", said)
+    assert re.search(r"\[2/2\] 01_good \.\.\. ok, \d+ s", said)
+    assert "In [2]: ValueError: no such luck" in said and "1 of 2 notebooks ran well" in said
+    assert re.search(r"01_good +\d+ +0\.\d GB  ok +\S*01_good\.ipynb", said), said
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {p.name for p in run.iterdir()} == {
+        *("00_bad.ipynb", "00_bad.log", "01_good.ipynb", "01_good.log", "summary.txt")
+    }
+    assert bad.read_bytes() == before, "a failed notebook is not written back"
+    written = _read(good)
+    assert [cell.id for cell in written.cells] == ids
+    assert written.cells[1].outputs[0].text == f"{sys.prefix} notebooks\n", "this Python, that folder"
+    assert written.cells[2].outputs == [], "neither the progress bar nor the widget"
+    assert set(written.metadata) == {"kernelspec", "language_info"}
+    assert not [p for p in source.iterdir() if p.suffix != ".ipynb"]
+
+
+@pytest.mark.notebook
+def test_a_hanging_notebook_is_killed_with_its_kernel(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    parameters = "where = ''  # a file\nrate = 0.5  # a number that YAML and JSON write differently"
+    leave_word = "import os, pathlib, time\npathlib.Path(where).write_text(f'{os.getpid()} {rate * 2}')"
+    path = _write(tmp_path, "00_hangs", parameters, leave_word, "time.sleep(600)")
+    notebook = _read(path)
+    notebook.cells[1].metadata["tags"] = ["parameters"]
+    path.write_text(nbformat.writes(notebook), encoding="utf-8")
+
+    result = run_notebook(path, tmp_path / "out", {"where": str(pid_file), "rate": 1e-05}, time_limit=15)
+
+    assert not result.ok and "time limit of 15 s" in result.problem
+    assert 15 <= result.seconds < 30
+    if pid_file.exists():  # on a very busy machine the kernel may not have come that far
+        pid, rate = pid_file.read_text().split()
+        assert float(rate) == 2e-05
+        assert not psutil.pid_exists(int(pid))
+
+
+@pytest.mark.notebook
+def test_a_notebook_that_cannot_even_be_read_is_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "00_broken.ipynb"
+    path.write_text("{")
+    result = run_notebook(path, tmp_path / "out")
+    assert not result.ok and result.problem.startswith("exit status 1: ")
+    assert result.output == result.log
+
+
+@pytest.mark.parametrize("wanted", [["07"], ["00", "nonsense"], []])
+def test_asking_for_notebooks_that_do_not_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wanted: list[str]
+) -> None:
+    if wanted:
+        _write(tmp_path, "00_only", "1")
+    assert tutorial.main([*wanted, "--notebooks", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
+    assert f"there are: {'00_only' if wanted else 'none'}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cleaning_keeps_what_was_said_and_drops_what_was_noise() -> None:
+    figure = new_output("display_data", {"image/png": "iVBO", "text/plain": "<Figure>"})
+    bars = "\r  0%|    | 0/9\r100%|####| 9/9 [00:01<00:00]\nmind this\n"
+    cell = new_code_cell(
+        "x",
+        metadata={"tags": ["parameters"], "papermill": {"duration": 1.0}, "execution": {"shell.reply": "t"}},
+        outputs=[
+            new_output("stream", name="stdout", text="step 1\rstep 2\r\n\ndone\n"),
+            new_output("stream", name="stderr", text=bars),
+            new_output("stream", name="stderr", text="12it [00:03, 4.0it/s]\n"),
+            new_output("display_data", {WIDGET_VIEW: {"model_id": "1"}, "text/plain": "IntSlider()"}),
+            figure,
+        ],
+    )
+    notebook = new_notebook(
+        cells=[cell], metadata={"widgets": {"state": {}}, "papermill": {"input_path": "somewhere"}}
+    )
+    clean_notebook(notebook)
+    nbformat.validate(notebook)
+    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
+    assert cell.metadata == {"tags": ["parameters"]}
+    assert [output.get("text") for output in cell.outputs] == ["step 2\n\ndone\n", "mind this\n", None]
+    assert cell.outputs[-1] == figure
+    again = nbformat.writes(notebook)
+    assert nbformat.writes(clean_notebook(notebook)) == again
