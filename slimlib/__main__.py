@@ -11,6 +11,7 @@ import argparse
 import io
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,9 +82,7 @@ def decompress(options: argparse.Namespace) -> int:
     data = _read(options.stream)
     kind = Image.registered_extensions().get(options.picture.suffix.lower())
     if kind is None or kind not in Image.SAVE:
-        raise Failure(
-            f"cannot write a picture as {options.picture.name!r}: end its name in .png, .webp or .jpg"
-        )
+        raise Failure(f"cannot write a picture as {options.picture.name!r}: end its name in .png, .webp or .jpg")
     _check_output(options.picture, options.force, options.stream)
     codec = _load(options.scale)
     picture, milliseconds = _timed(lambda: codec.decompress(data, steps=options.steps))
@@ -109,35 +108,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="compress | decompress | inspect")
 
-    one = commands.add_parser(
-        "compress", help="picture to .slim", description="Compress a picture to a .slim file."
-    )
+    one = commands.add_parser("compress", help="picture to .slim", description="Compress a picture to a .slim file.")
     one.add_argument("picture", type=Path, help="anything Pillow opens")
     one.add_argument("stream", type=Path, help="the .slim file to write")
-    one.add_argument(
-        "--quality", type=_quality, default=0.5, help="0, smallest, to 1, best (default: %(default)s)"
-    )
+    one.add_argument("--quality", type=_quality, default=0.5, help="0, smallest, to 1, best (default: %(default)s)")
     one.add_argument(
         "--caption",
         default="auto",
         help="words to send along; 'auto' looks at the picture, 'none' sends none (default: %(default)s)",
     )
-    one.add_argument(
-        "--steps", type=_count, help="denoising steps for the decoder (default: the compressor's)"
-    )
-    one.add_argument(
-        "--t0", type=_count, help="noise level for the decoder (default: the compressor's table)"
-    )
-    one.add_argument(
-        "--seed", type=_count, default=0, help="seed of the decoder's noise (default: %(default)s)"
-    )
+    one.add_argument("--steps", type=_count, help="denoising steps for the decoder (default: the compressor's)")
+    one.add_argument("--t0", type=_count, help="noise level for the decoder (default: the compressor's table)")
+    one.add_argument("--seed", type=_count, default=0, help="seed of the decoder's noise (default: %(default)s)")
     one.set_defaults(run=compress)
 
     two = commands.add_parser("decompress", help=".slim to picture", description="Decompress a .slim file.")
     two.add_argument("stream", type=Path, help="a .slim file")
-    two.add_argument(
-        "picture", type=Path, help="the picture to write; its ending says how: .png, .webp, .jpg"
-    )
+    two.add_argument("picture", type=Path, help="the picture to write; its ending says how: .png, .webp, .jpg")
     two.add_argument("--steps", type=_count, help="denoising steps (default: as the stream says; 0: none)")
     two.set_defaults(run=decompress)
 
@@ -172,6 +159,7 @@ def _count(text: str) -> int:
 
 def _load(scale: str) -> SlimCodec:
     print(f"loading the models ({scale}) ...", file=sys.stderr)
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # CompressAI's import
     from slimlib.codec import SlimCodec
 
     return SlimCodec.from_pretrained(scale)

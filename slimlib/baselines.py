@@ -111,13 +111,9 @@ def _nearest_quality(image: Image.Image, codec: str, target: int, scale: float) 
             low = middle + 1
         else:
             high = middle
-    best = min(
-        (encode(q) for q in range(max(0, low - 2), min(100, low + 1) + 1)), key=lambda d: abs(len(d) - target)
-    )
+    best = min((encode(q) for q in range(max(0, low - 2), min(100, low + 1) + 1)), key=lambda d: abs(len(d) - target))
     decoded = Image.open(io.BytesIO(best)).convert("RGB")
-    return best, decoded if decoded.size == image.size else decoded.resize(
-        image.size, Image.Resampling.BICUBIC
-    )
+    return best, decoded if decoded.size == image.size else decoded.resize(image.size, Image.Resampling.BICUBIC)
 
 
 def _jpeg(data: bytes) -> int:

@@ -33,9 +33,7 @@ MAX_CHARACTERS = 200
 class Captioner:
     """A frozen BLIP captioning model (arXiv 2201.12086), decoded greedily: same picture, same words."""
 
-    def __init__(
-        self, model: BlipForConditionalGeneration, processor: Any, device: torch.device | str | None = None
-    ):
+    def __init__(self, model: BlipForConditionalGeneration, processor: Any, device: torch.device | str | None = None):
         self.device = pick_device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.processor = processor
@@ -63,21 +61,21 @@ class Captioner:
             output_loading_info=True,
         )
         if info["missing_keys"] or info["mismatched_keys"]:
-            raise ValueError(
-                f"{name}: weights are missing or of another shape: {info}; is this a BLIP captioner?"
-            )
+            raise ValueError(f"{name}: weights are missing or of another shape: {info}; is this a BLIP captioner?")
         return cls(model, AutoProcessor.from_pretrained(str(name), local_files_only=local), device)
 
     @torch.no_grad()
-    def caption(self, images: Sequence[Image.Image], max_words: int = 20) -> list[str]:
-        """One caption for each picture, normalised; at most `max_words` tokens."""
+    def caption(self, images: Sequence[Image.Image], max_tokens: int = 20) -> list[str]:
+        """One caption for each picture, normalised; at most `max_tokens` long, or what the model has places for."""
         if not images:
             return []
-        pixels = self.processor(
-            images=[image.convert("RGB") for image in images], return_tensors="pt"
-        ).pixel_values
+        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        places = self.model.config.text_config.max_position_embeddings - 1  # the first is the start token's
         ids = self.model.generate(
-            pixel_values=pixels.to(self.device), max_new_tokens=max_words, num_beams=1, do_sample=False
+            pixel_values=pixels.to(self.device),
+            max_new_tokens=min(max_tokens, places),
+            num_beams=1,
+            do_sample=False,
         )
         return [normalise(text) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
@@ -94,9 +92,7 @@ def normalise(text: str) -> str:
         odd = next(letter for letter in text if not letter.isprintable())
         raise ValueError(f"a caption may hold printable characters only, not {odd!r}")
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(
-            f"the caption has {len(text)} characters; the limit is {MAX_CHARACTERS}: say it shorter"
-        )
+        raise ValueError(f"the caption has {len(text)} characters; the limit is {MAX_CHARACTERS}: say it shorter")
     return text
 
 
@@ -136,6 +132,9 @@ class CaptionPrior:
             raise ValueError("the caption prior is damaged: its tables have the wrong length or hold a zero")
         self.words = list(words)
         self.index = {word: i + self.FIRST for i, word in enumerate(self.words)} | {"": self.END}
+        for follows in bigram.values():
+            if not follows or not set(follows) <= set(self.index) or min(follows.values()) < 1:
+                raise ValueError("the caption prior is damaged: its bigram table does not fit its words")
         self.unigram = np.asarray(unigram, np.int64)
         self.bigram = bigram
         self.letters = np.asarray(letters, np.int64)
@@ -151,9 +150,7 @@ class CaptionPrior:
         """
         sentences = [normalise(caption).split() for caption in captions]
         counts = Counter(word for sentence in sentences for word in sentence)
-        known = (
-            {token for token in tokenizer.get_vocab() if _is_word(token)} if tokenizer is not None else set()
-        )
+        known = {token for token in tokenizer.get_vocab() if _is_word(token)} if tokenizer is not None else set()
         words = sorted(known | set(counts))
         bigram: dict[str, Counter[str]] = {}
         for sentence in sentences:
@@ -165,9 +162,7 @@ class CaptionPrior:
         for word in words:
             letters[list(word.encode())] += 1
         letters[cls.WORD_END] += len(words)
-        return cls(
-            words, unigram, {before: dict(after) for before, after in bigram.items()}, letters.tolist()
-        )
+        return cls(words, unigram, {before: dict(after) for before, after in bigram.items()}, letters.tolist())
 
     def to_json(self) -> str:
         """All tables as text with sorted keys: the same characters for the same counts."""
@@ -198,7 +193,7 @@ class CaptionPrior:
         try:
             tables = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(tables["words"], tables["unigram"], tables["bigram"], tables["letters"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a caption prior ({error})") from error
 
     def encode(self, coder: RangeEncoder, text: str) -> str:
@@ -221,9 +216,7 @@ class CaptionPrior:
             StreamError: the data are damaged: what comes out is no caption that `encode` could have written.
         """
         words: list[str] = []
-        while (
-            sum(map(len, words)) + len(words) - 1 <= MAX_CHARACTERS
-        ):  # so that damaged data cannot keep us here
+        while sum(map(len, words)) + len(words) - 1 <= MAX_CHARACTERS:  # so that damaged data cannot keep us here
             symbol = coder.decode_categorical(self.frequencies(words[-1] if words else ""))
             if symbol == self.END:
                 text = " ".join(words)

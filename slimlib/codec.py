@@ -225,9 +225,7 @@ class SlimCodec:
     @overload
     def decompress(self, stream: Sequence[bytes], steps: int | None = ...) -> list[Image.Image]: ...
 
-    def decompress(
-        self, stream: bytes | Sequence[bytes], steps: int | None = None
-    ) -> Image.Image | list[Image.Image]:
+    def decompress(self, stream: bytes | Sequence[bytes], steps: int | None = None) -> Image.Image | list[Image.Image]:
         """.slim bytes to a picture of the true size.
 
         Args:
@@ -403,9 +401,7 @@ class SlimCodec:
 
     def _needs_scale(self, what: str) -> Scale:
         if self._scale is None:
-            raise ValueError(
-                f'this codec has no {what}: give it one, type a caption, or use caption=None, not "auto"'
-            )
+            raise ValueError(f'this codec has no {what}: give it one, type a caption, or use caption=None, not "auto"')
         return self._scale
 
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimlib.entropy import (
-    FREQUENCY_BITS,
     FINENESS_STEPS,
+    FREQUENCY_BITS,
     MEAN_STEPS,
     QUALITY_KNOTS,
     FrequencyTable,
@@ -127,9 +127,8 @@ class LatentCompressor(nn.Module):
         self.config = config = config or CompressorConfig()
         log_gain = torch.linspace(np.log(config.gain_min), np.log(config.gain_max), QUALITY_KNOTS)
         log_gain = log_gain[:, None].repeat(1, config.y_channels)
-        hyper_gain = torch.linspace(np.log(0.5), np.log(2.0), QUALITY_KNOTS)[:, None].repeat(
-            1, config.h_channels
-        )
+        hyper_gain = torch.linspace(np.log(0.5), np.log(2.0), QUALITY_KNOTS)
+        hyper_gain = hyper_gain[:, None].repeat(1, config.h_channels)
 
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -173,7 +172,7 @@ class LatentCompressor(nn.Module):
 
         Returns:
             z_hat (B, C, h, w), likelihoods {"y": (B, M, h/4, w/4), "h": (B, N, h/8, w/8)},
-            roi_logits (B, 1, h, w), and the decoded integers "h_symbols" and "y_symbols".
+            roi_logits (B, 1, h, w), and the integers that are coded, "h_symbols" and "y_symbols".
         """
         self._check_latent(z)
         byte = self._quality_bytes(quality, z.shape[0])
@@ -242,7 +241,7 @@ class LatentCompressor(nn.Module):
 
     # ------------------------------------------------------------ real bytes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def compress(self, z: Tensor, quality: float, coder: RangeEncoder) -> dict[str, Tensor]:
         """Append hyper-latent and latent of one item to a coder.
 
@@ -268,7 +267,7 @@ class LatentCompressor(nn.Module):
             bits[name] = torch.from_numpy(cost).reshape(symbols.shape[1:])
         return bits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decompress(self, coder: RangeDecoder, shape: tuple[int, int], quality: float) -> Tensor:
         """Take hyper-latent and latent of one item from a coder.
 
@@ -322,17 +321,18 @@ class LatentCompressor(nn.Module):
 
     # ------------------------------------------------------------ files
 
-    def save_pretrained(self, folder: str | Path, config_only: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically.
 
         The weights in memory take the stored values (fp16), so that what is measured is what is shipped.
         """
         folder = Path(folder)
-        if not config_only:
+        if not self.table.any():  # once computed it stays as it is: another machine may round differently
             self.update()
-            stored = self._stored()
-            self._restore(stored)
-            atomic_write(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+        self.net.check()
+        stored = self._stored()
+        self._restore(stored)
+        atomic_write(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
         atomic_write(folder / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
 
     @classmethod

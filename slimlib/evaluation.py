@@ -147,11 +147,12 @@ def save_rows(rows: Sequence[Row], path: str | Path) -> None:
 
 def as_text(rows: Sequence[Row]) -> str:
     """The table for reading, with the columns that matter most."""
-    lines = ["quality     bpp   A [%]   B [%]  interval        before UNet  RoI dB  bg dB  RoI bits  enc ms  dec ms"]
+    lines = ["quality     bpp   A [%]   B [%]  interval         before UNet  RoI dB  bg dB  RoI bits  enc ms  dec ms"]
     for r in rows:
+        span = f"[{r.top1_b_low:5.1f}, {r.top1_b_high:5.1f}]"
         lines.append(
-            f"{r.quality:7.2f} {r.bpp:7.4f} {r.top1_a:7.1f} {r.top1_b:7.1f}  [{r.top1_b_low:5.1f}, {r.top1_b_high:5.1f}]"
-            f" {r.top1_b_before:11.1f} {r.roi_psnr:7.2f} {r.background_psnr:6.2f} {r.roi_bits:9.1%}"
+            f"{r.quality:7.2f} {r.bpp:7.4f} {r.top1_a:7.1f} {r.top1_b:7.1f}  {span}"
+            f" {r.top1_b_before:12.1f} {r.roi_psnr:7.2f} {r.background_psnr:6.2f} {r.roi_bits:9.1%}"
             f" {r.compress_ms:7.0f} {r.decompress_ms:7.0f}"
         )
     return "\n".join(lines)

@@ -47,8 +47,7 @@ class LatentDiffusion:
         config = scheduler.config
         if config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"the scheduler predicts {config.prediction_type!r}; "
-                "this sampler knows 'epsilon' and 'v_prediction'"
+                f"the scheduler predicts {config.prediction_type!r}; this sampler knows 'epsilon' and 'v_prediction'"
             )
         if config.clip_sample or config.thresholding:
             raise ValueError(
@@ -91,9 +90,7 @@ class LatentDiffusion:
         if local:
             for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
                 if not (Path(name) / part).is_dir():
-                    raise FileNotFoundError(
-                        f"{name} is not a latent diffusion model: it has no folder {part}/"
-                    )
+                    raise FileNotFoundError(f"{name} is not a latent diffusion model: it has no folder {part}/")
         where = {"local_files_only": local}
         weights: dict[str, Any] = {
             **where,
@@ -104,9 +101,7 @@ class LatentDiffusion:
         folder = str(name)
         vae, info = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **weights)
         _must_fit(info, f"{folder}/vae")
-        unet, info = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype, **weights
-        )
+        unet, info = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **weights)
         _must_fit(info, f"{folder}/unet")
         text, info = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **weights)
         _must_fit(info, f"{folder}/text_encoder")
@@ -177,9 +172,7 @@ class LatentDiffusion:
         abar = self.alpha_bar(t)
         return abar.sqrt() * z + (1 - abar).sqrt() * noise
 
-    def predict(
-        self, z_t: Tensor, t: int | Tensor, text: Tensor, guidance: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, z_t: Tensor, t: int | Tensor, text: Tensor, guidance: float = 1.0) -> tuple[Tensor, Tensor]:
         """What the UNet takes z_t (B, C, h, w) apart into: (z0, eps), the clean latent and the noise.
 
         Args:
@@ -292,6 +285,4 @@ def _must_fit(info: dict, where: str) -> None:
     ):
         if keys:
             names = ", ".join(str(key) for key in sorted(keys, key=str)[:3])
-            raise ValueError(
-                f"{where}: {len(keys)} weights are {kind} (such as {names}); is this the right folder?"
-            )
+            raise ValueError(f"{where}: {len(keys)} weights are {kind} (such as {names}); is this the right folder?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -45,15 +46,14 @@ def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if image.mode == "I" or image.mode.startswith("I;16"):
             values = np.asarray(image).astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
-                raise ValueError(
-                    "32-bit pixels beyond 0 to 65535 have no agreed white; convert them to 16 bits first"
-                )
+                raise ValueError("32-bit pixels beyond 0 to 65535 have no agreed white; convert them to 16 bits first")
             return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
+            image = image.convert("LA") if image.mode == "La" else image  # Pillow knows no shorter way
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture cannot be read: {error}") from error
 
 

@@ -102,9 +102,7 @@ def byte_bars(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> Axes:
     return ax
 
 
-def top5_bars(
-    ax: Axes, guesses: Sequence[tuple[str, float]], truth: str | None = None, title: str = ""
-) -> Axes:
+def top5_bars(ax: Axes, guesses: Sequence[tuple[str, float]], truth: str | None = None, title: str = "") -> Axes:
     """The likeliest classes with their probabilities, best on top; the true one, if known, in colour."""
     names = [name for name, _ in guesses]
     colours = [COLOURS["SLIM"] if name == truth else "#bdbdbd" for name in names]

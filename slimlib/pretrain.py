@@ -273,7 +273,7 @@ def train_machine_a(run: Run) -> None:
 
 
 def _shaken(x: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-    """Pictures shrunk to `size`, each a little enlarged and shifted, with noise: the pool is finite, the world is not."""
+    """Pictures shrunk to `size`, enlarged and shifted a little, with noise: the pool is finite, the world is not."""
     theta = torch.zeros(len(x), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = torch.from_numpy(rng.uniform(0.8, 1.1, len(x)))
     theta[:, :, 2] = torch.from_numpy(rng.uniform(-0.12, 0.12, (len(x), 2)))
@@ -535,7 +535,11 @@ def build_ldm() -> tuple[nn.Module, nn.Module, object]:
 
 
 def build_scheduler() -> object:
-    """DDIM on Stable Diffusion's noise schedule."""
+    """DDIM on Stable Diffusion's noise schedule, predicting v (Salimans and Ho, arXiv 2202.00512).
+
+    With epsilon, an error of 0.03 at the noisiest step becomes an error of 0.4 in the picture; a model that has
+    seen few examples draws mottle. v stays of unit size at every step.
+    """
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -545,7 +549,7 @@ def build_scheduler() -> object:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="epsilon",
+        prediction_type="v_prediction",
     )
 
 
@@ -582,7 +586,7 @@ def _encoder_print(run: Run) -> str:
 
 
 def train_ldm(run: Run) -> None:
-    """UNet and text encoder together: predict the noise in latents of scenes from their captions."""
+    """UNet and text encoder together: tell noise from scene (v) in noisy latents, given the caption."""
     pool = run.train_pool()
     latents = cached_latents(run, pool, "train")
     unet, text_encoder, tokenizer = build_ldm()
@@ -607,7 +611,7 @@ def train_ldm(run: Run) -> None:
         text = text_encoder(tokens.input_ids.to(run.device)).last_hidden_state
         with repro.autocast(run.device, cpu=True):
             predicted = unet(z_t, t, text).sample.float()
-        loss = F.mse_loss(predicted, noise)
+        loss = F.mse_loss(predicted, a.sqrt() * noise - (1 - a).sqrt() * z)
         return loss, {"loss": loss.item()}
 
     recipe = Recipe("ldm", steps=4_000, lr=8e-4, warmup=100, ema=0.998)

@@ -18,9 +18,7 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom just outside, as Pillow has it."""
 
 
-def gradcam(
-    machine: Machine, x: Tensor, label: int | Tensor | None = None, layer: nn.Module | None = None
-) -> Tensor:
+def gradcam(machine: Machine, x: Tensor, label: int | Tensor | None = None, layer: nn.Module | None = None) -> Tensor:
     """Grad-CAM (arXiv 1610.02391): what in the picture speaks for a class.
 
     Args:
@@ -38,9 +36,7 @@ def gradcam(
             with torch.no_grad():
                 label = machine(x).argmax(1)
         target = label if isinstance(label, int) else torch.as_tensor(label, device=x.device)
-        cam = LayerGradCam(machine, layer or machine.cam_layer).attribute(
-            x, target=target, relu_attributions=True
-        )
+        cam = LayerGradCam(machine, layer or machine.cam_layer).attribute(x, target=target, relu_attributions=True)
     cam = F.interpolate(cam.detach(), x.shape[2:], mode="bilinear", align_corners=False)  # (B, 1, H, W)
     peak = cam.amax(dim=(2, 3), keepdim=True)
     return torch.where(peak > 0, cam / peak.clamp_min(torch.finfo(cam.dtype).tiny), 0).clamp(0, 1)

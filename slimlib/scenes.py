@@ -89,7 +89,7 @@ class PocketScenes:
     """A split of the data set as a sequence of `Scene`.
 
     Args:
-        split: "train", "val" (training's cut-outs on other photographs) or "test" (all cut-outs, yet other photographs).
+        split: "train", "val" (training's cut-outs, other photographs) or "test" (all cut-outs, yet other photographs).
         size: side of the pictures in pixels, 32 to 512.
         seed: another seed is another data set of the same kind.
 

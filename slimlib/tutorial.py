@@ -2,7 +2,7 @@
 
     python -m slimlib.tutorial            all of them, into runs/<date>_<time>/
     python -m slimlib.tutorial 00 04      those whose names begin like that
-    python -m slimlib.tutorial --write    and write them back with their outputs, ready to commit
+    python -m slimlib.tutorial --write    these and their solutions, written back with outputs, ready to commit
 
 A notebook that fails or hangs stops nothing else; the exit status tells (0: all well, 1: some failed).
 """
@@ -61,6 +61,11 @@ class Result:
     @property
     def ok(self) -> bool:
         return not self.problem
+
+
+def numbered(folder: Path = NOTEBOOKS, solutions: bool = False) -> list[Path]:
+    """The numbered notebooks of a folder in order, and after them the solutions of their exercises if wanted."""
+    return sorted(folder.glob(NUMBERED)) + (sorted(folder.glob(f"solutions/{NUMBERED}")) if solutions else [])
 
 
 def run_notebook(
@@ -126,7 +131,7 @@ def clean_notebook(notebook: NotebookNode) -> NotebookNode:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parse(arguments)
-    everything = sorted(options.notebooks.glob(NUMBERED))
+    everything = numbered(options.notebooks, solutions=options.write)
     chosen = [n for n in everything if not options.only or n.name.startswith(tuple(options.only))]
     unknown = [o for o in options.only if not any(n.name.startswith(o) for n in everything)]
     if unknown or not chosen:
@@ -142,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for i, notebook in enumerate(chosen, 1):
             print(f"[{i}/{len(chosen)}] {notebook.stem} ... ", end="", flush=True)
-            result = run_notebook(notebook, folder, time_limit=options.time_limit)
+            place = folder / notebook.relative_to(options.notebooks).parent
+            result = run_notebook(notebook, place, time_limit=options.time_limit)
             results.append(result)
             print(f"{'ok' if result.ok else 'FAILED'}, {result.seconds:.0f} s", flush=True)
             if result.ok and options.write:
@@ -237,7 +243,7 @@ def _explain(output: Path, log: Path, status: int) -> str:
         for cell in nbformat.read(output, as_version=4).cells:
             for out in cell.get("outputs", []):
                 if out.output_type == "error":
-                    reason = f"{out.ename}: {out.evalue}".strip().splitlines()[0]
+                    reason = f"{out.ename}: {out.evalue}".strip(": \n").splitlines()[0]
                     return f"In [{cell.execution_count}]: {reason[:160]}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"exit status {status}: {lines[-1][:160] if lines else 'nothing in the log'}"
@@ -279,7 +285,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     option = parser.add_argument
     option("only", nargs="*", help="beginnings of names, such as 00 04; all notebooks if none")
-    option("--write", action="store_true", help="write them back with their outputs, ready to commit")
+    option("--write", action="store_true", help="write them and their solutions back, ready to commit")
     option("--time-limit", type=float, default=TIME_LIMIT, help="seconds for one notebook (%(default)s)")
     option("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
     option("--runs", type=Path, default=REPO / "runs", help="folder of the results")

@@ -1,4 +1,5 @@
-"""Every numbered notebook runs with small parameters, and is committed as a reader should find it.
+"""Every numbered notebook, and every solution of an exercise, runs with small parameters,
+and is committed as a reader should find it.
 
 Also the runner behind `make tutorial` and `make notebooks`, on notebooks made up here.
 """
@@ -19,23 +20,33 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from slimlib import tutorial
-from slimlib.tutorial import NOTEBOOKS, NUMBERED, WIDGET_VIEW, clean_notebook, run_notebook
+from slimlib.tutorial import NOTEBOOKS, WIDGET_VIEW, clean_notebook, numbered, run_notebook
 
-SMALL: dict[str, dict[str, object]] = {}
-"""For each notebook, by its name without suffix: the parameters that make it run in seconds."""
+SMALL: dict[str, dict[str, object]] = {
+    "00_start_here": {"qualities": [0.2, 0.8]},
+    "10_pocket_scenes": {"size": 64},
+    "solutions/10_two_objects": {"size": 128},
+}
+"""For each notebook, by its path in notebooks/ without suffix: the parameters that make it run in seconds."""
 
 TIME_LIMIT = 600.0
-FOUND = sorted(NOTEBOOKS.glob(NUMBERED))
-each_notebook = pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+FOUND = numbered(solutions=True)
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(NOTEBOOKS).with_suffix("").as_posix()
+
+
+each_notebook = pytest.mark.parametrize("path", FOUND, ids=_name)
 
 
 # ---- the notebooks of the repository --------------------------------------------------------------------
 
 
 def test_each_notebook_has_small_parameters_and_a_place_in_the_index() -> None:
-    assert sorted(SMALL) == [path.stem for path in FOUND], "keep the table SMALL in step with notebooks/"
+    assert sorted(SMALL) == sorted(map(_name, FOUND)), "keep the table SMALL in step with notebooks/"
     index = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
-    missing = [path.name for path in FOUND if f"]({path.name})" not in index]
+    missing = [path.name for path in numbered() if f"]({path.name})" not in index]
     assert not missing, "link them in notebooks/README.md"
 
 
@@ -54,7 +65,7 @@ def test_parameters(path: Path) -> None:
         assigned.add(target.id)
         assert known.get(target.id, {}).get("help"), f"{target.id}: no comment that papermill finds"
     assert set(known) == assigned
-    assert set(SMALL.get(path.stem, {})) <= assigned, "SMALL names a parameter that is not there"
+    assert set(SMALL.get(_name(path), {})) <= assigned, "SMALL names a parameter that is not there"
 
 
 @each_notebook
@@ -97,10 +108,10 @@ def test_reads_well(path: Path) -> None:
 @pytest.mark.notebook
 @each_notebook
 def test_runs(path: Path, tmp_path: Path) -> None:
-    before = sorted(NOTEBOOKS.iterdir())
-    result = run_notebook(path, tmp_path, SMALL.get(path.stem), TIME_LIMIT)
+    before = sorted(path.parent.iterdir())
+    result = run_notebook(path, tmp_path, SMALL.get(_name(path)), TIME_LIMIT)
     assert result.ok, f"{result.problem}\n{result.log.read_text(errors='replace')[-3000:]}"
-    assert sorted(NOTEBOOKS.iterdir()) == before, "a notebook leaves no files behind"
+    assert sorted(path.parent.iterdir()) == before, "a notebook leaves no files behind"
 
 
 def _read(path: Path) -> NotebookNode:
@@ -182,7 +193,7 @@ def test_a_hanging_notebook_is_killed_with_its_kernel(tmp_path: Path) -> None:
     result = run_notebook(path, tmp_path / "out", {"where": str(pid_file), "rate": 1e-05}, time_limit=15)
 
     assert not result.ok and "time limit of 15 s" in result.problem
-    assert 15 <= result.seconds < 30
+    assert 15 <= result.seconds < 60
     if pid_file.exists():  # on a very busy machine the kernel may not have come that far
         pid, rate = pid_file.read_text().split()
         assert float(rate) == 2e-05
