@@ -186,9 +186,10 @@ class IntegerNet(nn.Module):
         self.first_bias = IntegerKnots(torch.zeros(QUALITY_KNOTS, width), bits=ACTIVATION_BITS)
         self.up = IntegerConv2d(width, 4 * width)
         self.last = IntegerConv2d(width, 2 * outputs + 1)
-        self.index_offset = IntegerKnots(index_start, bits=3)
+        # One real unit is 8 steps of the table, here and at the network's output.
+        self.index_offset = IntegerKnots(index_start / 8, bits=ACTIVATION_BITS)
         self.mean_gain = IntegerKnots(gains, bits=8)
-        self.prior_index = IntegerKnots(torch.full((QUALITY_KNOTS, inputs), prior_start), bits=0)
+        self.prior_index = IntegerKnots(torch.full((QUALITY_KNOTS, inputs), prior_start / 8), bits=3)
         self.prior_mean = IntegerKnots(torch.zeros(QUALITY_KNOTS, inputs), bits=4)
 
     def prior(self, quality: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -218,8 +219,7 @@ class IntegerNet(nn.Module):
         index, mean, fineness = self.last(a).tensor_split([self.outputs, 2 * self.outputs], dim=1)
         fineness = clamp_ste(floor_ste(fineness / 2 ** (ACTIVATION_BITS - 3)), -FINENESS_MAX, FINENESS_MAX)
         mean = floor_ste(mean * self.mean_gain(quality, dtype) * (MEAN_STEPS * 2.0 ** -(ACTIVATION_BITS + 8)))
-        # One real unit of the network's output is 8 table steps. A finer quantiser makes wider symbols: with the
-        # usual table an eighth of an octave is about one step.
+        # A finer quantiser makes wider symbols: with the usual table an eighth of an octave is about a step.
         index = floor_ste((index + self.index_offset(quality, dtype)) / 8) + fineness
         return clamp_ste(index, 0, self.levels - 1), clamp_ste(mean, -(2**19), 2**19), fineness
 

@@ -8,7 +8,8 @@
     compressor  stage 1 with the RoI, and once more with uniform weights
 
 Each writes its folder under --out (default assets/pocket) in the libraries' own format with a model card beside it.
-A killed run goes on with --resume from its last checkpoint (every two minutes, under --work).
+A killed run goes on with --resume from its last checkpoint (every two minutes, under --work). With --warm a training
+starts from the weights that lie in --out: shipped models can be trained on, on any machine.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -54,6 +56,7 @@ class Run:
     batch: int
     seed: int
     resume: bool
+    warm: bool
     device: torch.device
     pool: int
     progress: bool
@@ -85,6 +88,7 @@ def fit(
     modules: dict[str, nn.Module],
     loss_of: Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]],
     groups: list[dict] | None = None,
+    weights: dict[str, Path] | None = None,
 ) -> tuple[dict[str, nn.Module], dict]:
     """Minimise a loss with AdamW and a cosine rate; checkpoint every two minutes; resume.
 
@@ -94,11 +98,15 @@ def fit(
         modules: what is trained; moved to the device by the caller.
         loss_of: draws a batch with the given generator and returns the loss and figures to show.
         groups: parameter groups with a factor "scale" on the rate; default: all parameters alike.
+        weights: files that --warm starts the modules from.
 
     Returns:
         The trained modules (their moving average, where the recipe asks for one) and the facts for the card.
     """
     steps = run.steps or recipe.steps
+    if run.warm:
+        for name, path in (weights or {}).items():
+            load_model(modules[name], path)
     groups = groups or [{"params": [p for m in modules.values() for p in m.parameters() if p.requires_grad]}]
     for group in groups:
         group.setdefault("scale", 1.0)
@@ -244,7 +252,7 @@ def train_machine_b(run: Run) -> None:
     body = [p for name, p in net.named_parameters() if not name.startswith("classifier")]
     groups = [{"params": head, "scale": 1.0}, {"params": body, "scale": 0.2}]
     recipe = Recipe("machine_b", steps=400, lr=3e-3, warmup=20, weight_decay=1e-4)
-    nets, facts = fit(run, recipe, {"net": net}, loss_of, groups)
+    nets, facts = fit(run, recipe, {"net": net}, loss_of, groups, {"net": run.out / "machine_b" / "model.safetensors"})
     about = "EfficientNet-Lite0 fine-tuned on PocketScenes. Nothing is ever trained against it: it is the judge."
     _save_machine(run, "machine_b", nets["net"], "tf_efficientnet_lite0", 128, about, facts, SOURCE + LITE0)
 
@@ -267,7 +275,8 @@ def train_machine_a(run: Run) -> None:
         return loss, {"loss": loss.item(), "top1": (logits.argmax(-1) == label).float().mean().item()}
 
     recipe = Recipe("machine_a", steps=1_500, lr=3e-3, warmup=100, weight_decay=0.02)
-    nets, facts = fit(run, recipe, {"net": net}, loss_of)
+    weights = {"net": run.out / "machine_a" / "model.safetensors"}
+    nets, facts = fit(run, recipe, {"net": net}, loss_of, weights=weights)
     about = "ResNet-10-T trained from scratch. Stage 2 may train the codec against it."
     _save_machine(run, "machine_a", nets["net"], "resnet10t", 96, about, facts, SOURCE)
 
@@ -412,7 +421,8 @@ def train_vae(run: Run) -> None:
     vae = build_vae().to(run.device, memory_format=torch.channels_last)
     perceptual = PerceptualLoss().to(run.device, memory_format=torch.channels_last)
     loss_of = _vae_loss(run, pool, vae, perceptual, crop=64, frozen_encoder=False)
-    nets, facts = fit(run, Recipe("vae", steps=3_000, lr=1.2e-3), {"vae": vae}, loss_of)
+    weights = {"vae": run.out / "ldm" / "vae" / "diffusion_pytorch_model.fp16.safetensors"}
+    nets, facts = fit(run, Recipe("vae", steps=3_000, lr=1.2e-3), {"vae": vae}, loss_of, weights=weights)
     vae = nets["vae"]
     # Latents of unit variance: what diffusion and the compressor expect (Rombach et al., appendix G).
     with torch.no_grad():
@@ -615,7 +625,11 @@ def train_ldm(run: Run) -> None:
         return loss, {"loss": loss.item()}
 
     recipe = Recipe("ldm", steps=4_000, lr=8e-4, warmup=100, ema=0.998)
-    nets, facts = fit(run, recipe, {"unet": unet, "text_encoder": text_encoder}, loss_of)
+    weights = {
+        "unet": run.out / "ldm" / "unet" / "diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder": run.out / "ldm" / "text_encoder" / "model.fp16.safetensors",
+    }
+    nets, facts = fit(run, recipe, {"unet": unet, "text_encoder": text_encoder}, loss_of, weights=weights)
     save_ldm(run, nets["unet"], nets["text_encoder"], tokenizer, scheduler, facts)
 
 
@@ -760,7 +774,8 @@ def train_captioner(run: Run) -> None:
         return out.loss, {"loss": out.loss.item()}
 
     recipe = Recipe("captioner", steps=3_000, lr=1e-3, warmup=200, betas=(0.9, 0.98), weight_decay=0.02)
-    nets, facts = fit(run, recipe, {"model": model}, loss_of)
+    weights = {"model": run.out / "captioner" / "model.safetensors"}
+    nets, facts = fit(run, recipe, {"model": model}, loss_of, weights=weights)
     save_captioner(run, nets["model"], processor, facts)
 
 
@@ -910,6 +925,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--warm", action="store_true", help="start from the weights in --out, not from scratch")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the best at hand)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -927,6 +943,7 @@ def main(arguments: list[str] | None = None) -> None:
                 batch=a.batch or BATCHES[task],
                 seed=a.seed,
                 resume=a.resume,
+                warm=a.warm,
                 device=repro.pick_device(a.device),
                 pool=a.pool,
                 progress=not a.quiet,

@@ -26,6 +26,7 @@ from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.repro import autocast, load_state, pack_training, pick_device, save_state, unpack_training
 from slimlib.roi import roi_weights
 
+KNOT_SPEED = 5  # the knots over quality learn this much faster than the weights
 LOG_COLUMNS = ("step", "seconds", "loss", "bpp", "weighted_mse", "roi_bce", "rate")
 
 
@@ -49,8 +50,8 @@ class Stage1Config:
     lr: float = 1e-3
     warmup: int = 200
     w_bg: float = 0.05
-    lambda_min: float = 0.006
-    lambda_max: float = 30.0
+    lambda_min: float = 0.015
+    lambda_max: float = 4.5
     beta: float = 0.1
     clip: float = 1.0
     save_every: int = 500
@@ -100,8 +101,8 @@ def train_stage1(
     torch.manual_seed(config.seed)
     model = compressor if isinstance(compressor, LatentCompressor) else LatentCompressor(compressor)
     model = model.to(device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98))
     checkpoint = out_folder / "checkpoint.safetensors"
     settings = {"stage1": asdict(config), "compressor": asdict(model.config)}
     if resume and checkpoint.exists():
@@ -116,7 +117,7 @@ def train_stage1(
         z, m, quality = draw_batch(latents, masks, config.batch, device)
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * (KNOT_SPEED if group["weight_decay"] == 0 else 1)
         with autocast(device):
             out = model(z, quality)
         loss, parts = stage1_loss(out, z, m, quality, config, model.config.factor)
@@ -138,6 +139,18 @@ def train_stage1(
             break
     model.eval().save_pretrained(out_folder)
     return model
+
+
+def parameter_groups(model: LatentCompressor, config: Stage1Config) -> list[dict]:
+    """Weights, and the knots over quality (gains, priors): those move on a logarithmic scale, and far."""
+    weights, knots = [], []
+    for name, parameter in model.named_parameters():
+        of_knots = name.startswith(("log_", "gate_depth")) or name.endswith(".values")
+        (knots if of_knots else weights).append(parameter)
+    return [
+        {"params": weights, "lr": config.lr, "weight_decay": 1e-4},
+        {"params": knots, "lr": config.lr * KNOT_SPEED, "weight_decay": 0.0},
+    ]
 
 
 def stage1_loss(
