@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -508,7 +509,7 @@ def vocabulary() -> dict[str, int]:
     return {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
 
 
-def build_ldm() -> tuple[nn.Module, nn.Module, object]:
+def build_ldm() -> tuple[nn.Module, nn.Module, Any]:
     """UNet, text encoder and tokenizer of the pocket latent diffusion model."""
     from diffusers import UNet2DConditionModel
     from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel
@@ -544,7 +545,7 @@ def build_ldm() -> tuple[nn.Module, nn.Module, object]:
     return unet, text_encoder, tokenizer
 
 
-def build_scheduler() -> object:
+def build_scheduler() -> Any:
     """DDIM on Stable Diffusion's noise schedule, predicting v (Salimans and Ho, arXiv 2202.00512).
 
     With epsilon, an error of 0.03 at the noisiest step becomes an error of 0.4 in the picture; a model that has
@@ -634,7 +635,7 @@ def train_ldm(run: Run) -> None:
 
 
 def save_ldm(
-    run: Run, unet: nn.Module, text_encoder: nn.Module, tokenizer: object, scheduler: object, facts: dict
+    run: Run, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, facts: dict
 ) -> None:
     """Store the whole Stable Diffusion folder (fp16), the VAE as it is there, and measure it."""
     import shutil
@@ -706,7 +707,7 @@ def measure_ldm(run: Run, per_noun: int = 2, steps: int = 20, guidance: float = 
 CAPTION_SIZE = 64
 
 
-def build_captioner() -> tuple[nn.Module, object]:
+def build_captioner() -> tuple[nn.Module, Any]:
     """A small BLIP (Li et al., arXiv 2201.12086) for 64 px pictures, and its processor."""
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
@@ -792,7 +793,7 @@ def loose_box(mask: np.ndarray, rng: np.random.Generator, cell: int = 4) -> tupl
     return left, top, max(right, left + 8), max(bottom, top + 8)
 
 
-def save_captioner(run: Run, model: nn.Module, processor: object, facts: dict) -> None:
+def save_captioner(run: Run, model: nn.Module, processor: Any, facts: dict) -> None:
     """Store the captioner (fp16) and measure it behind Grad-CAM crops, as the codec uses it."""
     with repro.atomic_folder(run.out / "captioner") as folder:
         _half(model).save_pretrained(folder)
@@ -843,7 +844,7 @@ def train_compressor(run: Run) -> None:
     latents = cached_latents(run, pool, "train")
     masks = pool.masks[:, None]
     for name, w_bg in (("compressor", None), ("compressor_uniform", 1.0)):
-        settings = {"batch": run.batch, "seed": run.seed}
+        settings: dict[str, Any] = {"batch": run.batch, "seed": run.seed}
         if run.steps:
             settings["steps"] = run.steps
         if w_bg is not None:

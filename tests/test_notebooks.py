@@ -24,8 +24,11 @@ from slimlib.tutorial import NOTEBOOKS, WIDGET_VIEW, clean_notebook, numbered, r
 
 SMALL: dict[str, dict[str, object]] = {
     "00_start_here": {"qualities": [0.2, 0.8]},
+    "solutions/00_wrong_caption": {"n_scenes": 2, "qualities": [0.5]},
     "10_pocket_scenes": {"size": 64},
+    "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
     "solutions/10_two_objects": {"size": 128},
+    "solutions/11_latent_bits": {},
 }
 """For each notebook, by its path in notebooks/ without suffix: the parameters that make it run in seconds."""
 
