@@ -35,8 +35,9 @@ def main() -> None:
             (row[3], "WebP", len(webp), webp_image),
         ):
             guess = judge.top5(image)[0][0]
-            plots.show(ax, image, f"{name}, {size} bytes: {guess!r}")
-            ax.title.set_color("black" if guess == CLASSES[scene.label] else "#b2182b")
+            plots.show(ax, image)
+            colour = "black" if guess == CLASSES[scene.label] else "#b2182b"
+            ax.set_title(f"{name}, {size} bytes: {guess!r}", color=colour)
     fig.savefig(ASSETS / "readme.png", dpi=100)
 
 

@@ -34,6 +34,8 @@ from slimlib.stream import StreamError, StreamHeader, pack, unpack
 
 CAPTION_PRIOR = "caption_prior.json"
 """Name of the caption prior's file in the compressor's folder."""
+MAX_STEPS = 100
+"""Most denoising steps that a stream may ask for: a few bytes must not keep a decoder busy for hours."""
 BATCH = 16
 """Pictures that go through the networks together when batching is allowed."""
 
@@ -322,6 +324,8 @@ class SlimCodec:
         last = self.ldm.scheduler.config.num_train_timesteps - 1
         if header.t0 is not None and header.t0 > last:
             raise StreamError(f"The stream asks for t0 = {header.t0}; this diffusion model ends at {last}.")
+        if header.steps is not None and header.steps > MAX_STEPS:
+            raise StreamError(f"The stream asks for {header.steps} denoising steps; {MAX_STEPS} is the limit.")
         coder = _Meter(payload)
         caption = self._needs_prior().decode(coder) if header.caption else ""
         caption_bits = coder.bits
@@ -373,6 +377,8 @@ class SlimCodec:
             "steps": usual["steps"] if steps is None else steps,
         }
         self.ldm.times(**asked)  # raises on what the diffusion model cannot do
+        if asked["steps"] > MAX_STEPS:
+            raise ValueError(f"steps is {asked['steps']}; a stream may ask for {MAX_STEPS} at the most")
         return {} if asked == usual else asked
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:

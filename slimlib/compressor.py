@@ -84,7 +84,7 @@ class CompressorConfig:
     symbol_bound: int = 63
     gain_min: float = 0.2
     gain_max: float = 3.0
-    t0_table: list[list[float]] = field(default_factory=lambda: [[0.0, 500], [0.5, 250], [1.0, 80]])
+    t0_table: list[list[float]] = field(default_factory=lambda: [[0.0, 100], [0.5, 50], [1.0, 20]])
     steps: int = 4
     guidance: float = 1.0
 

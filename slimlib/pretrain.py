@@ -269,7 +269,7 @@ def train_machine_a(run: Run) -> None:
 
     def loss_of(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         x, label = _scene_batch(run, pool, rng)
-        x = _shaken(x, 96, rng).to(memory_format=torch.channels_last)
+        x = F.interpolate(x, (96, 96), mode="bilinear", antialias=True).to(memory_format=torch.channels_last)
         with repro.autocast(run.device, cpu=True):
             logits = net((x - 0.5) / 0.5).float()
         loss = F.cross_entropy(logits, label, label_smoothing=0.1)
@@ -280,19 +280,6 @@ def train_machine_a(run: Run) -> None:
     nets, facts = fit(run, recipe, {"net": net}, loss_of, weights=weights)
     about = "ResNet-10-T trained from scratch. Stage 2 may train the codec against it."
     _save_machine(run, "machine_a", nets["net"], "resnet10t", 96, about, facts, SOURCE)
-
-
-def _shaken(x: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-    """Pictures shrunk to `size`, enlarged and shifted a little, with noise: the pool is finite, the world is not."""
-    theta = torch.zeros(len(x), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = torch.from_numpy(rng.uniform(0.8, 1.1, len(x)))
-    theta[:, :, 2] = torch.from_numpy(rng.uniform(-0.12, 0.12, (len(x), 2)))
-    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    gain = torch.from_numpy(rng.uniform(0.8, 1.2, (len(x), 3, 1, 1))).to(x)
-    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(x)
-    return x * gain + 0.02 * noise
 
 
 def _save_machine(

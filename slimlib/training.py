@@ -143,7 +143,8 @@ def train_stage1(
 
 def parameter_groups(model: LatentCompressor, config: Stage1Config) -> list[dict]:
     """Weights, and the knots over quality (gains, priors): those move on a logarithmic scale, and far."""
-    weights, knots = [], []
+    weights: list[torch.nn.Parameter] = []
+    knots: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         of_knots = name.startswith(("log_", "gate_depth")) or name.endswith(".values")
         (knots if of_knots else weights).append(parameter)

@@ -17,8 +17,10 @@ from PIL import Image
 from tiny_codec import make_world, picture
 
 from slimlib.codec import SlimCodec
+from slimlib.machines import to_tensor
 from slimlib.pictures import as_rgb
-from slimlib.scales import Scale
+from slimlib.scales import ASSETS, Scale
+from slimlib.scenes import PocketScenes
 from slimlib.stream import StreamError, pack, unpack
 
 REPO = Path(__file__).resolve().parent.parent
@@ -211,6 +213,7 @@ def test_settings_of_the_diffusion_matter(codec: SlimCodec) -> None:
         {"quality": 1.1},
         {"quality": float("nan")},
         {"steps": -1},
+        {"steps": 101},
         {"t0": 1000},
         {"t0": -1},
         {"seed": -1},
@@ -340,6 +343,8 @@ def test_forged_header(codec: SlimCodec) -> None:
     header, payload = unpack(codec.compress(picture(), t0=500, steps=1))
     with pytest.raises(StreamError, match="t0"):
         codec.decompress(pack(replace(header, t0=5000), payload))
+    with pytest.raises(StreamError, match="steps"):
+        codec.decompress(pack(replace(header, steps=101), payload))
     with pytest.raises(StreamError, match="pixels"):
         codec.decompress(pack(replace(header, width=8000, height=8000), payload))
 
@@ -385,3 +390,63 @@ def test_unknown_names(tmp_path: Path) -> None:
     (tmp_path / "compressor").mkdir()
     with pytest.raises(FileNotFoundError):
         SlimCodec.from_pretrained(tmp_path)
+
+
+# ---- the shipped weights
+
+
+@pytest.fixture(scope="module")
+def pocket() -> SlimCodec:
+    if not all((ASSETS / "pocket" / part).is_dir() for part in ("ldm", "captioner", "machine_a", "compressor")):
+        pytest.skip("assets/pocket is not complete")
+    return SlimCodec.from_pretrained("pocket", device="cpu")
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    return -10 * float(np.log10((((np.asarray(a, float) - np.asarray(b, float)) / 255) ** 2).mean()))
+
+
+def test_pocket_qualities(pocket: SlimCodec) -> None:
+    scene = PocketScenes("test")[2]
+    streams = [pocket.compress(scene.image, quality) for quality in (0, 0.25, 0.5, 0.75, 1)]
+    sizes = [len(stream) for stream in streams]
+    assert sizes == sorted(sizes)
+    assert 8 * sizes[0] / 128**2 < 0.05
+    fidelity = [psnr(pocket.decompress(stream), scene.image) for stream in streams]
+    assert fidelity[-1] > 20
+    assert fidelity[-1] > fidelity[0] + 3
+    for report in pocket.inspect(streams):
+        assert report.bits["header"] <= 64
+        assert abs(report.bits["rounding"]) < 16
+
+
+@torch.no_grad()
+def test_pocket_files_are_as_long_as_the_model_says(pocket: SlimCodec) -> None:
+    for index, quality in ((5, 0.3), (6, 1.0)):
+        image = PocketScenes("test")[index].image
+        stream = pocket.compress(image, quality, caption=None)
+        out = pocket.compressor(pocket.ldm.encode(to_tensor(image)), pocket.inspect(stream).quality)
+        estimate = -sum(float(likelihood.double().log2().sum()) for likelihood in out["likelihoods"].values()) / 8
+        payload = len(stream) - pocket.inspect(stream).bits["header"] / 8
+        assert abs(payload - estimate) <= 0.02 * estimate + 3
+
+
+def test_pocket_pixels_do_not_depend_on_threads(pocket: SlimCodec) -> None:
+    before = torch.get_num_threads()
+    results = set()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            stream = pocket.compress(PocketScenes("test")[7].image, 0.4)
+            results.add((stream, pocket.decompress(stream).tobytes()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(results) == 1
+
+
+def test_pocket_takes_other_sizes(pocket: SlimCodec) -> None:
+    image = PocketScenes("test", size=200)[3].image.crop((0, 10, 190, 143))
+    decoded = pocket.decompress(pocket.compress(image, 1.0))
+    assert decoded.size == (190, 133)
+    assert psnr(decoded, image) > 20

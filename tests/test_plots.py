@@ -22,7 +22,7 @@ def test_everything_draws_with_the_style(image: Image.Image) -> None:
         before = dict(mpl.rcParams)
         figure, axes = plt.subplots(2, 4)
         returned = plots.image_row(axes[0], image, np.ones((8, 12)), image)
-        assert [ax.get_title() for ax in returned] == ["original", "region of interest", "decoded", "error"]
+        assert [ax.get_title(loc="left") for ax in returned] == ["original", "region of interest", "decoded", "error"]
         assert axes[0, 3].images[0].get_array().max() == 0
         ax = axes[1]
         assert plots.show_map(ax[0], image, np.random.rand(2, 3)) is ax[0]

@@ -67,26 +67,37 @@ def test_nothing_to_see() -> None:
     cam = gradcam(Spotter(), torch.zeros(1, 3, 32, 32), 0)  # type: ignore[arg-type]
     assert cam.abs().max() == 0
     assert roi_box(cam) == (0, 0, 32, 32)
-    image = Image.new("RGB", (50, 40))
-    assert roi_crop(image, cam).size == (40, 40)
-    assert roi_box(torch.ones(1, 20, 30)) == (0, 0, 30, 20)
+    assert roi_crop(Image.new("RGB", (50, 40)), cam).size == (50, 40)
 
 
 def test_box_and_crop() -> None:
     cam = torch.zeros(1, 1, 32, 32)
     cam[..., 8:16, 4:24] = 1
-    cam[..., 30, 30] = 0.1  # below the threshold
-    assert roi_box(cam) == (4, 8, 24, 16)
-    image = Image.linear_gradient("L").resize((64, 64))
-    assert roi_crop(image, cam, margin=0).size == (40, 40)
-    assert roi_crop(image, cam, margin=0.1).size == (48, 48)
-    assert roi_crop(image, cam, margin=5).size == (64, 64)
+    assert roi_box(cam, share=1.0) == (4, 8, 24, 16)
+    assert roi_box(cam[0], share=0.5) == (9, 10, 19, 14)
+    cam[..., 30, 30] = 0.5  # a stray spot of less than 4% does not widen the box
+    left, top, right, bottom = roi_box(cam)
+    assert (left, top) == (4, 8)
+    assert right <= 24
+    assert bottom <= 16
+    assert roi_box(torch.ones(20, 30), share=1.0) == (0, 0, 30, 20)
+    image = Image.linear_gradient("L").resize((64, 96))
+    cam[..., 30, 30] = 0
+    cam[..., 8:16, 4:24] = 1
+    width, height = roi_crop(image, cam).size
+    assert 36 <= width <= 40
+    assert 20 <= height <= 24
+    assert roi_crop(image, cam, margin=5).size == (64, 96)
+
+
+def test_crops_of_single_pixels() -> None:
     spot = torch.zeros(32, 32)
     spot[31, 31] = 1
+    assert roi_box(spot) == (31, 31, 32, 32)
     assert roi_crop(Image.new("RGB", (1, 1)), spot).size == (1, 1)
-    corner = roi_crop(image, spot, margin=0)
-    assert corner.size == (2, 2)
-    assert corner.tobytes() == image.crop((62, 62, 64, 64)).tobytes()
+    image = Image.linear_gradient("L").resize((64, 64))
+    assert roi_crop(image, spot).tobytes() == image.crop((62, 62, 64, 64)).tobytes()
+    assert min(roi_crop(Image.new("RGB", (5, 3)), spot).size) == 1
 
 
 def test_masks_and_weights() -> None:
