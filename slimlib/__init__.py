@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimlib.codec import SlimCodec
+
+# CompressAI still uses torch.jit.script, twice at import; its users can do nothing about that.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 __version__ = "0.1.0"
 __all__ = ["SlimCodec", "__version__"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import shlex
 import sys
@@ -433,6 +434,14 @@ def train_decoder(run: Run) -> None:
     save_vae(run, vae.eval(), facts)
 
 
+def _forget_paths(folder: Path) -> None:
+    """diffusers notes in each config where it was loaded from: a path of this machine, of no use to anyone."""
+    for file in folder.rglob("*.json"):
+        config = json.loads(file.read_text())
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def load_vae(run: Run) -> nn.Module:
     """The pocket VAE in float32 on the run's device."""
     from diffusers import AutoencoderKL
@@ -446,6 +455,7 @@ def save_vae(run: Run, vae: nn.Module, facts: dict) -> None:
     folder = run.out / "ldm" / "vae"
     with repro.atomic_folder(folder) as temporary:
         _half(vae).save_pretrained(temporary, variant="fp16")
+        _forget_paths(temporary)
     figures = measure_vae(run)
     about = "AutoencoderKL, f = 4, 4 channels: the latent space in which diffusion and compression take place."
     repro.write_card(folder, "VAE of the pocket latent diffusion model", about, facts, figures, SOURCE + LITE0)
@@ -644,6 +654,7 @@ def save_ldm(
     with repro.atomic_folder(folder.with_name("ldm")) as temporary:
         cards = {name: (folder / "vae" / name).read_bytes() for name in ("README.md", "card.json")}
         pipeline.save_pretrained(temporary, variant="fp16")
+        _forget_paths(temporary)
         for name, data in cards.items():
             (temporary / "vae" / name).write_bytes(data)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)

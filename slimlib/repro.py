@@ -14,7 +14,6 @@ import platform
 import random
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -205,11 +204,10 @@ def write_card(folder: str | Path, title: str, about: str, training: dict, figur
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars and known import warnings of the libraries; errors stay loud."""
+    """Silence the progress bars and the chatter of the libraries; errors stay loud."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()

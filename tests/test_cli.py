@@ -172,7 +172,7 @@ def test_as_a_process(world: Path, photo: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
     assert "bytes" in result.stdout
