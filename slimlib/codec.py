@@ -84,7 +84,8 @@ class StreamReport:
         for part, bits in self.bits.items():
             share = bits / (8 * self.size)
             bar = "#" * round(30 * max(0.0, share))
-            lines.append(f"  {part:<8} {bits / 8:8.1f} bytes {share:6.1%} {bar}".rstrip())
+            size = round(bits / 8, 1) + 0.0  # no "-0.0"
+            lines.append(f"  {part:<8} {size:8.1f} bytes {round(share, 3) + 0.0:6.1%} {bar}".rstrip())
         return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 1 << 20
-"""Largest picture by default, 1024 x 1024: beyond it the diffusion model takes minutes and much memory."""
+"""Largest picture by default, 1024 x 1024: it takes a processor core a minute and 2 GB, and larger ones far more."""
 
 Picture = Image.Image | str | Path
 """A picture in memory, or the path of one."""
