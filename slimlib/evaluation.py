@@ -92,7 +92,7 @@ def evaluate(
             bits["all"].append(report.bpp)
             for part in ("caption", "hyper", "latent"):
                 bits[part].append(report.bits[part] / 8)
-            bits["roi"].append(float((report.bit_map * _pool(scene.matte, report.bit_map.shape)).sum()))
+            bits["roi"].append(float((report.bit_map * scene.mask(*report.bit_map.shape)).sum()))
             hits["a"].append(_hit(machine_a, decoded, scene))
             hits["b"].append(_hit(machine_b, decoded, scene))
             hits["before"].append(_hit(machine_b, before, scene))
@@ -161,12 +161,6 @@ def as_text(rows: Sequence[Row]) -> str:
 def _hit(machine: Machine, image: Image.Image, scene: Scene) -> bool:
     with torch.no_grad():
         return int(machine(to_tensor(image)).argmax(-1)) == scene.label
-
-
-def _pool(matte: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Share of each cell of a coarser grid that the matte covers."""
-    h, w = shape
-    return matte.reshape(h, matte.shape[0] // h, w, matte.shape[1] // w).mean((1, 3))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -38,8 +38,8 @@ class ScenePool:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Pictures (B, 3, size, size) as float in [0, 1]."""
-        return torch.from_numpy(self.images[np.sort(indices)]).float() / 255
+        """Pictures (B, 3, size, size) as float in [0, 1], in the order of the indices; ascending ones read faster."""
+        return torch.from_numpy(self.images[indices]).float() / 255
 
     @staticmethod
     def load(
@@ -73,7 +73,5 @@ def _compose(path: Path, split: str, n: int, size: int, grid: int, progress: boo
 
 def _one(split: str, size: int, grid: int, index: int) -> tuple:
     scene = PocketScenes(split, size)[index]
-    cell = size // grid
-    mask = scene.matte.reshape(grid, cell, grid, cell).mean((1, 3))
     pixels = np.asarray(scene.image).transpose(2, 0, 1)
-    return pixels, (mask * 255).round().astype(np.uint8), scene.label, scene.noun, scene.place
+    return pixels, (scene.mask(grid, grid) * 255).round().astype(np.uint8), scene.label, scene.noun, scene.place

@@ -379,13 +379,17 @@ def build_vae() -> nn.Module:
     )
 
 
+CROP = 64
+"""Side of the VAE's training crops, in pixels."""
+
+
 def _vae_loss(
-    run: Run, pool: ScenePool, vae: nn.Module, perceptual: nn.Module, crop: int, frozen_encoder: bool
+    run: Run, pool: ScenePool, vae: nn.Module, perceptual: nn.Module, frozen_encoder: bool
 ) -> Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]]:
     def loss_of(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         indices = np.sort(rng.integers(len(pool), size=run.batch))
-        top, left = rng.integers(0, 128 - crop + 1, 2)
-        x = torch.from_numpy(pool.images[indices][:, :, top : top + crop, left : left + crop]).to(run.device)
+        top, left = rng.integers(0, 128 - CROP + 1, 2)
+        x = torch.from_numpy(pool.images[indices][:, :, top : top + CROP, left : left + CROP]).to(run.device)
         x = (x.float() / 127.5 - 1).to(memory_format=torch.channels_last)
         with repro.autocast(run.device, cpu=True):
             with torch.set_grad_enabled(not frozen_encoder):
@@ -409,7 +413,7 @@ def train_vae(run: Run) -> None:
     pool = run.train_pool()
     vae = build_vae().to(run.device, memory_format=torch.channels_last)
     perceptual = PerceptualLoss().to(run.device, memory_format=torch.channels_last)
-    loss_of = _vae_loss(run, pool, vae, perceptual, crop=64, frozen_encoder=False)
+    loss_of = _vae_loss(run, pool, vae, perceptual, frozen_encoder=False)
     weights = {"vae": run.out / "ldm" / "vae" / "diffusion_pytorch_model.fp16.safetensors"}
     nets, facts = fit(run, Recipe("vae", steps=3_000, lr=1.2e-3), {"vae": vae}, loss_of, weights=weights)
     vae = nets["vae"]
@@ -428,7 +432,7 @@ def train_decoder(run: Run) -> None:
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     perceptual = PerceptualLoss().to(run.device, memory_format=torch.channels_last)
-    loss_of = _vae_loss(run, pool, vae, perceptual, crop=64, frozen_encoder=True)
+    loss_of = _vae_loss(run, pool, vae, perceptual, frozen_encoder=True)
     trained = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
     _, facts = fit(run, Recipe("decoder", steps=3_000, lr=6e-4), {"decoder": trained}, loss_of)
     save_vae(run, vae.eval(), facts)
@@ -631,12 +635,8 @@ def train_ldm(run: Run) -> None:
     save_ldm(run, nets["unet"], nets["text_encoder"], tokenizer, scheduler, facts)
 
 
-def save_ldm(
-    run: Run, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, facts: dict
-) -> None:
+def save_ldm(run: Run, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, facts: dict) -> None:
     """Store the whole Stable Diffusion folder (fp16), the VAE as it is there, and measure it."""
-    import shutil
-
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     folder = run.out / "ldm"
@@ -657,7 +657,6 @@ def save_ldm(
         _forget_paths(temporary)
         for name, data in cards.items():
             (temporary / "vae" / name).write_bytes(data)
-        shutil.rmtree(temporary / ".cache", ignore_errors=True)
     figures = measure_ldm(run)
     about = (
         "A latent diffusion model of PocketScenes in the Stable Diffusion folder layout: VAE, UNet, CLIP text "
@@ -836,6 +835,7 @@ def measure_captioner(run: Run) -> dict:
 def train_compressor(run: Run) -> None:
     """Stage 1 (slimlib.training) with RoI weights, then the same with uniform weights for comparison."""
     from .caption import CaptionPrior
+    from .codec import CAPTION_PRIOR
     from .training import Stage1Config, train_stage1
 
     pool = run.train_pool()
@@ -860,7 +860,7 @@ def train_compressor(run: Run) -> None:
         }
         with repro.atomic_folder(run.out / name) as folder:
             model.save_pretrained(folder)
-            CaptionPrior.fit([c.noun for c in CUTOUTS]).save(folder / "caption_prior.json")
+            CaptionPrior.fit([c.noun for c in CUTOUTS]).save(folder / CAPTION_PRIOR)
         figures = measure_compressor(run, model)
         about = "Mean-scale hyperprior on the latent, one model for all rates, stage 1" + (
             " with RoI weights." if w_bg is None else " with uniform weights: the comparison."

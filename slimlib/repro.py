@@ -7,7 +7,6 @@ final name and moved into place, so that a killed run or a full disk leaves the 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -169,14 +168,6 @@ def unpack_training(
         group.update(saved)
     optimizer.load_state_dict(state)
     torch.set_rng_state(tensors["random/torch"])
-
-
-def folder_fingerprint(folder: str | Path, pattern: str = "*.safetensors") -> str:
-    """SHA-256 (hex) over names and bytes of the matching files of a folder, in name order."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).rglob(pattern)):
-        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:

@@ -67,6 +67,11 @@ class Scene:
         """The whole picture in words: "a red fox in a forest"."""
         return f"{self.noun} {self.place}"
 
+    def mask(self, rows: int, columns: int) -> np.ndarray:
+        """The matte on a coarser grid, (rows, columns) float32: the share of each cell that the object covers."""
+        height, width = self.matte.shape
+        return self.matte.reshape(rows, height // rows, columns, width // columns).mean((1, 3))
+
 
 def _read_catalogue() -> tuple[list[str], list[Cutout], list[Background]]:
     with (FOLDER / "catalogue.csv").open(newline="") as file:
