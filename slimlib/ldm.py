@@ -99,9 +99,9 @@ class LatentDiffusion:
             "output_loading_info": True,
         }
         folder = str(name)
-        vae, info = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **weights)
+        vae, info = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, **weights)
         _must_fit(info, f"{folder}/vae")
-        unet, info = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **weights)
+        unet, info = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **weights)
         _must_fit(info, f"{folder}/unet")
         text, info = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **weights)
         _must_fit(info, f"{folder}/text_encoder")

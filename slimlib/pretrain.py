@@ -1,6 +1,6 @@
 """Train the pocket models: `python -m slimlib.pretrain machines|vae|decoder|ldm|captioner|compressor|all`.
 
-    machines    A: a small ResNet from scratch; B: an ImageNet network from a package, fine-tuned on the scenes
+    machines    B: an ImageNet network from a package, fine-tuned on the scenes; A: a small ResNet, taught by B
     vae         encoder and decoder together, on crops
     decoder     the decoder goes on alone; latents made by the encoder stay valid
     ldm         UNet and text encoder, on cached latents of the VAE
@@ -222,9 +222,9 @@ LITE0_MEAN, LITE0_STD = 127 / 255, 128 / 255
 
 
 def train_machines(run: Run) -> None:
-    """Both machines; neither ever sees a compressed picture."""
-    train_machine_a(run)
+    """Both machines; neither ever sees a compressed picture. B comes first: it teaches A."""
     train_machine_b(run)
+    train_machine_a(run)
 
 
 def _scene_batch(run: Run, pool: ScenePool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -260,26 +260,34 @@ def train_machine_b(run: Run) -> None:
 
 
 def train_machine_a(run: Run) -> None:
-    """A small ResNet from scratch, which sees the scenes at 96 px."""
+    """A small ResNet from scratch, which sees the scenes at 96 px and learns from labels and from machine B.
+
+    The teacher's probabilities say which classes look alike (Hinton et al., arXiv 1503.02531).
+    """
     import timm
 
+    from .machines import load_machine
+
     pool = run.train_pool()
+    teacher = load_machine(str(run.out / "machine_b"), run.device)
     net = timm.create_model("resnet10t", pretrained=False, num_classes=len(CLASSES))
     net.pretrained_cfg = {**net.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     net = net.to(run.device, memory_format=torch.channels_last)
 
     def loss_of(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         x, label = _scene_batch(run, pool, rng)
+        with torch.no_grad():
+            taught = teacher(x).softmax(-1)
         x = F.interpolate(x, (96, 96), mode="bilinear", antialias=True).to(memory_format=torch.channels_last)
         with repro.autocast(run.device, cpu=True):
             logits = net((x - 0.5) / 0.5).float()
-        loss = F.cross_entropy(logits, label, label_smoothing=0.1)
+        loss = F.cross_entropy(logits, label, label_smoothing=0.1) + F.cross_entropy(logits, taught)
         return loss, {"loss": loss.item(), "top1": (logits.argmax(-1) == label).float().mean().item()}
 
-    recipe = Recipe("machine_a", steps=1_500, lr=3e-3, warmup=100, weight_decay=0.02)
+    recipe = Recipe("machine_a", steps=2_600, lr=2e-3, warmup=100, weight_decay=0.02)
     weights = {"net": run.out / "machine_a" / "model.safetensors"}
     nets, facts = fit(run, recipe, {"net": net}, loss_of, weights=weights)
-    about = "ResNet-10-T trained from scratch. Stage 2 may train the codec against it."
+    about = "ResNet-10-T trained from scratch on labels and on machine B's answers. Stage 2 may train against it."
     _save_machine(run, "machine_a", nets["net"], "resnet10t", 96, about, facts, SOURCE)
 
 
@@ -450,7 +458,7 @@ def load_vae(run: Run) -> nn.Module:
     """The pocket VAE in float32 on the run's device."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(run.out / "ldm" / "vae", variant="fp16", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(run.out / "ldm" / "vae", variant="fp16", dtype=torch.float32)
     return vae.to(run.device, memory_format=torch.channels_last).eval()
 
 
@@ -500,6 +508,8 @@ def measure_vae(run: Run) -> dict:
 FORMS = ("a photo of {noun}", "{noun}", "{noun} {place}", "a photo of {noun} {place}", "")
 FORM_ODDS = (0.35, 0.25, 0.2, 0.1, 0.1)
 """How a training scene is put into words; the empty caption makes classifier-free guidance possible."""
+NEAR = 0.6
+"""Share of the UNet's training steps that look at the object from near: 16x16 windows around it, four times as many."""
 TEXT_LENGTH = 16
 
 
@@ -541,6 +551,8 @@ def build_ldm() -> tuple[nn.Module, nn.Module, Any]:
         layers_per_block=1,
         attention_head_dim=4,  # diffusers uses this as the number of heads
         cross_attention_dim=128,
+        addition_embed_type="text",  # the caption also joins the time embedding, and so reaches every block
+        addition_embed_type_num_heads=4,
         norm_num_groups=8,
     )
     return unet, text_encoder, tokenizer
@@ -599,23 +611,31 @@ def _encoder_print(run: Run) -> str:
 
 def train_ldm(run: Run) -> None:
     """UNet and text encoder together: tell noise from scene (v) in noisy latents, given the caption."""
+    from diffusers.models.attention_processor import AttnProcessor
+
     pool = run.train_pool()
     latents = cached_latents(run, pool, "train")
     unet, text_encoder, tokenizer = build_ldm()
     unet = unet.to(run.device, memory_format=torch.channels_last)
+    if run.device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # plain matrix products: the fused attention trains slower on CPUs
     text_encoder = text_encoder.to(run.device)
     scheduler = build_scheduler()
     abar = scheduler.alphas_cumprod.to(run.device)
 
     def loss_of(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        indices = np.sort(rng.integers(len(pool), size=run.batch))
+        near = rng.random() < NEAR  # an object fills a fifth of a scene: most of a whole scene teaches backgrounds
+        n = 4 * run.batch if near else run.batch
+        indices = np.sort(rng.integers(len(pool), size=n))
         z = torch.from_numpy(latents[indices]).to(run.device).float()
-        forms = rng.choice(len(FORMS), size=run.batch, p=FORM_ODDS)
+        if near:
+            z = windows_around(z, pool.masks[indices], rng)
+        forms = rng.choice(len(FORMS), size=n, p=FORM_ODDS)
         texts = [FORMS[f].format(noun=pool.nouns[i], place=pool.places[i]) for f, i in zip(forms, indices, strict=True)]
         tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
         # Half uniform in t, half leaning to much noise: that is where a picture decides what it shows.
-        u = rng.random(run.batch)
-        u = np.where(rng.random(run.batch) < 0.5, u, np.sqrt(u))
+        u = rng.random(n)
+        u = np.where(rng.random(n) < 0.5, u, np.sqrt(u))
         t = torch.from_numpy((u * len(abar)).astype(np.int64)).to(run.device)
         noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(run.device)
         a = abar[t].view(-1, 1, 1, 1)
@@ -635,12 +655,23 @@ def train_ldm(run: Run) -> None:
     save_ldm(run, nets["unet"], nets["text_encoder"], tokenizer, scheduler, facts)
 
 
+def windows_around(z: Tensor, masks: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Cut from each latent (B, C, h, w) the window of half its side around its matte, moved by up to an eighth."""
+    h, w = z.shape[-2] // 2, z.shape[-1] // 2
+    mass = masks.sum((1, 2), dtype=np.float64) + 1e-9
+    rows = (masks.sum(2) * np.arange(2 * h)).sum(1) / mass + rng.uniform(-h / 4, h / 4, len(z))
+    columns = (masks.sum(1) * np.arange(2 * w)).sum(1) / mass + rng.uniform(-w / 4, w / 4, len(z))
+    tops = np.clip(rows - h / 2, 0, h).astype(int)
+    lefts = np.clip(columns - w / 2, 0, w).astype(int)
+    return torch.stack([one[:, y : y + h, x : x + w] for one, y, x in zip(z, tops, lefts, strict=True)])
+
+
 def save_ldm(run: Run, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any, facts: dict) -> None:
     """Store the whole Stable Diffusion folder (fp16), the VAE as it is there, and measure it."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     folder = run.out / "ldm"
-    vae = AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", torch_dtype=torch.float16)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", variant="fp16", dtype=torch.float16)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         unet=_half(unet),
@@ -674,7 +705,7 @@ def measure_ldm(run: Run, per_noun: int = 2, steps: int = 20, guidance: float = 
     from .machines import load_machine
 
     pipeline = StableDiffusionPipeline.from_pretrained(
-        run.out / "ldm", variant="fp16", torch_dtype=torch.float32, local_files_only=True, safety_checker=None
+        run.out / "ldm", variant="fp16", dtype=torch.float32, local_files_only=True, safety_checker=None
     ).to(run.device)
     pipeline.set_progress_bar_config(disable=True)
     machines = {
@@ -742,10 +773,15 @@ def build_captioner() -> tuple[nn.Module, Any]:
 
 
 def train_captioner(run: Run) -> None:
-    """RoI crops with the noun as the caption; one picture in four whole, with noun and place."""
+    """RoI crops with the noun as the caption; one picture in four whole, with noun and place.
+
+    While training, a linear layer reads the class from the vision encoder's first token: words alone teach a young
+    encoder little, since half of them ("a", "red") say nothing about the object. The layer is thrown away.
+    """
     pool = run.train_pool()
     model, processor = build_captioner()
     model = model.to(run.device)
+    head = nn.Linear(model.config.vision_config.hidden_size, len(CLASSES)).to(run.device)
     tokenizer = processor.tokenizer
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
@@ -765,15 +801,18 @@ def train_captioner(run: Run) -> None:
         pixels = ((torch.cat(crops) - mean) / std).to(run.device)
         tokens = tokenizer(texts, padding=True, return_tensors="pt").to(run.device)
         labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
-        with repro.autocast(run.device):
+        with repro.autocast(run.device, cpu=True):
             out = model(
                 pixel_values=pixels, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, labels=labels
             )
-        return out.loss, {"loss": out.loss.item()}
+            logits = head(out.last_hidden_state[:, 0]).float()
+        classes = torch.from_numpy(pool.labels[indices]).to(run.device)
+        top1 = (logits.argmax(-1) == classes).float().mean().item()
+        return out.loss + F.cross_entropy(logits, classes), {"loss": out.loss.item(), "top1": top1}
 
     recipe = Recipe("captioner", steps=3_000, lr=1e-3, warmup=200, betas=(0.9, 0.98), weight_decay=0.02)
-    weights = {"model": run.out / "captioner" / "model.safetensors"}
-    nets, facts = fit(run, recipe, {"model": model}, loss_of, weights=weights)
+    weights = {"model": run.out / "captioner" / "model.safetensors"}  # the head always starts anew
+    nets, facts = fit(run, recipe, {"model": model, "head": head}, loss_of, weights=weights)
     save_captioner(run, nets["model"], processor, facts)
 
 
@@ -860,13 +899,19 @@ def train_compressor(run: Run) -> None:
         }
         with repro.atomic_folder(run.out / name) as folder:
             model.save_pretrained(folder)
-            CaptionPrior.fit([c.noun for c in CUTOUTS]).save(folder / CAPTION_PRIOR)
+            CaptionPrior.fit(likely_captions()).save(folder / CAPTION_PRIOR)
         figures = measure_compressor(run, model)
         about = "Mean-scale hyperprior on the latent, one model for all rates, stage 1" + (
             " with RoI weights." if w_bg is None else " with uniform weights: the comparison."
         )
         repro.write_card(run.out / name, f"Pocket {name.replace('_', ', ')}", about, facts, figures, SOURCE)
         print(name, figures)
+
+
+def likely_captions() -> list[str]:
+    """What the caption prior counts on: nine captions in ten are a noun alone, one has a place as well."""
+    nouns, places = [c.noun for c in CUTOUTS], sorted({b.place for b in BACKGROUNDS})
+    return nouns * (9 * len(places)) + [f"{noun} {place}" for noun in nouns for place in places]
 
 
 def measure_compressor(run: Run, model: nn.Module) -> dict:

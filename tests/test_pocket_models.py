@@ -91,7 +91,7 @@ def test_the_stock_pipeline_draws_a_picture():
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
-        SCALE.ldm, variant="fp16", torch_dtype=torch.float32, local_files_only=True, safety_checker=None
+        SCALE.ldm, variant="fp16", dtype=torch.float32, local_files_only=True, safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
     wanted = [c for c in CUTOUTS if not c.held_out][::14]
@@ -127,7 +127,7 @@ def test_stock_blip_captions_a_crop(scenes):
 def test_the_vae_keeps_the_picture(scenes):
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(Path(SCALE.ldm) / "vae", variant="fp16", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(Path(SCALE.ldm) / "vae", variant="fp16", dtype=torch.float32)
     x = to_tensor([scene.image for scene in scenes[:8]])
     z = vae.encode(2 * x - 1).latent_dist.mode()
     y = vae.decode(z).sample.clamp(-1, 1) / 2 + 0.5
