@@ -9,6 +9,7 @@ print(codec.inspect(stream))
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -179,9 +180,13 @@ class SlimCodec:
             self._machine = load_machine(self._needs_scale("machine").machine_a, self.ldm.device)
         return self._machine
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> int:
-        """16 bits over everything that decoding needs: compressor, caption prior, diffusion model."""
+        """16 bits over everything that decoding needs: compressor, caption prior, diffusion model.
+
+        Taken once, for it costs a tenth of encoding: a codec's weights are frozen. After changing them in place
+        (more training, LoRA), put a new SlimCodec together from the same parts.
+        """
         digest = hashlib.sha256(self.compressor.fingerprint().to_bytes(2, "big"))
         digest.update(self.ldm.fingerprint() + (self.prior.fingerprint() if self.prior else b""))
         return int.from_bytes(digest.digest()[:2], "big")
