@@ -775,6 +775,7 @@ def build_captioner() -> tuple[nn.Module, Any]:
 def train_captioner(run: Run) -> None:
     """RoI crops with the noun as the caption; one picture in four whole, with noun and place.
 
+    Most crops are cut where Grad-CAM says, as the codec will cut them; the others loosely around the matte.
     While training, a linear layer reads the class from the vision encoder's first token: words alone teach a young
     encoder little, since half of them ("a", "red") say nothing about the object. The layer is thrown away.
     """
@@ -782,6 +783,7 @@ def train_captioner(run: Run) -> None:
     model, processor = build_captioner()
     model = model.to(run.device)
     head = nn.Linear(model.config.vision_config.hidden_size, len(CLASSES)).to(run.device)
+    boxes = cached_boxes(run, pool)
     tokenizer = processor.tokenizer
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
@@ -790,12 +792,14 @@ def train_captioner(run: Run) -> None:
         indices = rng.integers(len(pool), size=run.batch)
         crops, texts = [], []
         for i in indices:
-            whole = rng.random() < 0.25
-            x = torch.from_numpy(np.ascontiguousarray(pool.images[i]))
+            kind = rng.random()
+            whole = kind < 0.25
+            x = torch.from_numpy(np.array(pool.images[i]))
             if not whole:
-                left, top, right, bottom = loose_box(pool.masks[i], rng)
+                left, top, right, bottom = boxes[i] if kind < 0.75 else loose_box(pool.masks[i], rng)
                 x = x[:, top:bottom, left:right]
             x = F.interpolate(x[None].float() / 255, (CAPTION_SIZE,) * 2, mode="bilinear", antialias=True)
+            x = x * rng.uniform(0.8, 1.2)
             crops.append(x.flip(-1) if rng.random() < 0.5 else x)
             texts.append(f"{pool.nouns[i]} {pool.places[i]}" if whole else pool.nouns[i])
         pixels = ((torch.cat(crops) - mean) / std).to(run.device)
@@ -814,6 +818,27 @@ def train_captioner(run: Run) -> None:
     weights = {"model": run.out / "captioner" / "model.safetensors"}  # the head always starts anew
     nets, facts = fit(run, recipe, {"model": model, "head": head}, loss_of, weights=weights)
     save_captioner(run, nets["model"], processor, facts)
+
+
+def cached_boxes(run: Run, pool: ScenePool) -> np.ndarray:
+    """RoI boxes (n, 4) of a pool's scenes by Grad-CAM on machine A; made once for each machine A."""
+    import hashlib
+
+    from .machines import load_machine
+    from .roi import gradcam, roi_box
+
+    print_of_a = hashlib.sha256((run.out / "machine_a" / "model.safetensors").read_bytes()).hexdigest()[:12]
+    path = run.work / "cache" / f"boxes-{len(pool)}-{print_of_a}.npy"
+    if not path.exists():
+        machine = load_machine(str(run.out / "machine_a"), run.device)
+        boxes = np.zeros((len(pool), 4), np.int64)
+        for indices in tqdm(list(_chunks(len(pool), 64)), desc="RoI boxes", disable=not run.progress):
+            boxes[indices] = [roi_box(cam) for cam in gradcam(machine, pool.batch(indices).to(run.device))]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, boxes)
+        temporary.replace(path)
+    return np.load(path)
 
 
 def loose_box(mask: np.ndarray, rng: np.random.Generator, cell: int = 4) -> tuple[int, int, int, int]:
