@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 FINDER := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install tutorial lab notebooks test lint types clean
+.PHONY: help install tutorial lab notebooks reproduce test lint types clean
 
 help: ## list these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ lab: $(STAMP) ## open JupyterLab on the notebooks
 
 notebooks: $(STAMP) ## execute the notebooks and write them back with their outputs, ready to commit
 	$(PY) -m slimlib.tutorial --write $(ONLY)
+
+reproduce: $(STAMP) ## measure all methods again and write assets/results (hours; goes on where it was stopped)
+	$(PY) -m slimlib.evaluation --reproduce $(ARGS)
 
 test: $(STAMP) ## all tests: units first, then notebooks
 	$(PY) -m pytest $(ARGS)

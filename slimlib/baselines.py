@@ -1,16 +1,47 @@
-"""The classic codecs, as fair as we can make them: at any quality, or the file nearest to a budget.
+"""What SLIM is compared with: the classic codecs, and a learned codec that works on pixels.
 
-At 128 px headers weigh: a JPEG spends some 290 bytes on them, more than half of its smallest file. So results
-are shown twice, for whole files and for `payload_bytes`, which is generous: a decoder needs the headers too.
+Classic codecs come as fair as we can make them: at any quality, or the file nearest to a budget. At 128 px
+headers weigh: a JPEG spends some 290 bytes on them, more than half of its smallest file. So results are shown
+twice, for whole files and for `payload_bytes`, which is generous: a decoder needs the headers too. (JPEG XL, which
+needs a package of its own, was tried with pillow-jxl-plugin 1.3.8: at these sizes its files are 10 to 25% smaller than
+WebP's at the best, larger at both ends of the range, and AVIF's payload is half as large. It is left out.)
+
+The learned baseline is a hyperprior on pixels (`PixelCodec`): SLIM's own compressor, fed with pixels in place of
+latents, without VAE, UNet, captions or region of interest. Train it with
+
+    python -m slimlib.baselines mse      rate and squared error
+    python -m slimlib.baselines task     the former, tuned on for a machine: squared error and cross-entropy of A
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, features
+from torch import Tensor
+
+from . import repro
+from .compressor import CompressorConfig, LatentCompressor, quality_byte
+from .entropy import RangeDecoder, RangeEncoder
+from .machines import load_machine, to_images, to_tensor
+from .scales import ASSETS
+from .stream import StreamHeader, pack, unpack
+
+if TYPE_CHECKING:
+    from .pool import ScenePool
+    from .pretrain import Recipe, Run
+    from .training import Stage1Config
 
 CODECS = ("jpeg", "webp", "avif", "jpeg2000")
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
@@ -70,6 +101,20 @@ def nearest_size(
     return min(fitting, key=lambda c: float(((np.asarray(c[1], np.float64) - original) ** 2).mean()))
 
 
+def decode_classic(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """What a file shows, enlarged (bicubic) to (width, height) where it was encoded smaller."""
+    decoded = Image.open(io.BytesIO(data)).convert("RGB")
+    return decoded if decoded.size == size else decoded.resize(size, Image.Resampling.BICUBIC)
+
+
+def downscale(image: Image.Image, scale: float) -> Image.Image:
+    """The picture at `scale` times its sides (bicubic), at least one pixel; itself if the scale is 1."""
+    if scale == 1:
+        return image
+    sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(sides, Image.Resampling.BICUBIC)
+
+
 def payload_bytes(data: bytes, codec: str) -> int:
     """Bytes of a file that hold the picture itself: no headers, no tables, no container.
 
@@ -99,10 +144,7 @@ def _check(codec: str) -> None:
 
 def _nearest_quality(image: Image.Image, codec: str, target: int, scale: float) -> tuple[bytes, Image.Image]:
     """Bisection over the quality, then the nearest of the neighbours (sizes are not quite monotone)."""
-    small = image
-    if scale != 1:
-        sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        small = image.resize(sides, Image.Resampling.BICUBIC)
+    small = downscale(image, scale)
     encode = functools.cache(lambda quality: encode_classic(small, codec, quality))
     low, high = 0, 100
     while low < high:
@@ -112,8 +154,7 @@ def _nearest_quality(image: Image.Image, codec: str, target: int, scale: float) 
         else:
             high = middle
     best = min((encode(q) for q in range(max(0, low - 2), min(100, low + 1) + 1)), key=lambda d: abs(len(d) - target))
-    decoded = Image.open(io.BytesIO(best)).convert("RGB")
-    return best, decoded if decoded.size == image.size else decoded.resize(image.size, Image.Resampling.BICUBIC)
+    return best, decode_classic(best, image.size)
 
 
 def _jpeg(data: bytes) -> int:
@@ -178,3 +219,287 @@ def _jpeg2000(data: bytes) -> int:
         total += at + length - start
         at += max(length, 1)
     return total
+
+
+# ----------------------------------------------------------------------------------------- the learned baseline
+
+CONTRAST = 4.0
+"""Pixels in [0, 1] are spread by this, so that what the transform sees has about unit variance, as a latent has."""
+PATCH = 4
+"""Pixels along one side of a patch: 4 x 4 pixels of three colours stand as 48 channels on the grid of SLIM's latent."""
+CELL = 16
+"""Pixels along one side of a cell of y, as in SLIM's compressor."""
+COLOUR = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / torch.tensor([[3.0], [2.0], [6.0]]).sqrt()
+"""Orthonormal rows: brightness and two differences. It keeps squared errors as they are, and parts the colours."""
+PIXEL_CONFIG = CompressorConfig(
+    latent_channels=3 * PATCH**2,
+    factor=PATCH,
+    stem=64,
+    y_channels=128,
+    gain_min=0.03,
+    gain_max=1.0,
+    t0_table=[[0.0, 0]],  # there is no diffusion behind it
+    steps=0,
+)
+KEPT = 88, 20, 20
+"""How many coefficients of a cell's DCT the transform starts with: of brightness and of the two differences."""
+LAMBDA = 0.02, 12.0
+"""Weight of the squared error (of CONTRAST times the pixels) at quality 0 and 1."""
+
+
+class PixelCodec:
+    """A mean-scale hyperprior on pixels (Minnen et al., arXiv 1809.02736), one model for all rates.
+
+    Transforms, gains, integer entropy model, range coder and header of the file are SLIM's own: a
+    `LatentCompressor` on patches of pixels in place of a latent. It differs in what it lacks: no pretrained network
+    stands around it, and the head that would learn the region of interest is switched off.
+    """
+
+    def __init__(self, compressor: LatentCompressor) -> None:
+        """Raises ValueError if the compressor is not made for patches of pixels."""
+        config = compressor.config
+        if (config.latent_channels, config.factor) != (3 * PATCH**2, PATCH):
+            raise ValueError(
+                f"a pixel codec needs a compressor with latent_channels={3 * PATCH**2} and factor={PATCH}; "
+                f"this one has {config.latent_channels} and {config.factor}"
+            )
+        self.compressor = compressor
+
+    @classmethod
+    def new(cls) -> PixelCodec:
+        """Before training: the DCT of each cell, and a constant where the predicted region of interest would be."""
+        compressor = LatentCompressor(PIXEL_CONFIG)
+        basis = _cell_basis()
+        compressor.encoder.direct.weight.data = basis[..., None, None].clone()
+        compressor.decoder.direct.weight.data = basis.T[..., None, None].contiguous()
+        for parameter in compressor.encoder.roi.parameters():
+            torch.nn.init.zeros_(parameter).requires_grad_(False)
+        return cls(compressor)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> PixelCodec:
+        """Load what `save_pretrained` wrote, strictly (see `LatentCompressor.from_pretrained` for the errors)."""
+        return cls(LatentCompressor.from_pretrained(folder, device))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors (fp16)."""
+        self.compressor.save_pretrained(folder)
+
+    def compress(self, image: Image.Image, quality: float) -> bytes:
+        """A file with the same header as a .slim stream: 7 bytes at 128 px.
+
+        Args:
+            image: RGB; its sides are filled up to multiples of 32 by repeating the last row and column.
+            quality: 0 to 1.
+        """
+        return self.encode(image, quality)[0]
+
+    def encode(self, image: Image.Image, quality: float) -> tuple[bytes, dict[str, Tensor]]:
+        """What `compress` does, and what each symbol costs in bits: "y" (128, h, w) and "h" (8, h/2, w/2)."""
+        coder = RangeEncoder()
+        bits = self.compressor.compress(to_patches(self._pad(to_tensor(image))), quality, coder)
+        header = StreamHeader(self._fingerprint, quality_byte(quality), *image.size)
+        return pack(header, coder.get_bytes()), bits
+
+    def decompress(self, data: bytes) -> Image.Image:
+        """The picture that `compress` stored.
+
+        Raises:
+            StreamError: the bytes are damaged, or of other weights.
+        """
+        header, payload = unpack(data, self._fingerprint)
+        grid = [-(-side // self._unit) * self._unit // PATCH for side in (header.height, header.width)]
+        z_hat = self.compressor.decompress(RangeDecoder(payload), (grid[0], grid[1]), header.quality / 255)
+        return to_images(from_patches(z_hat))[0].crop((0, 0, header.width, header.height))
+
+    @functools.cached_property
+    def _fingerprint(self) -> int:
+        return self.compressor.fingerprint()
+
+    @property
+    def _unit(self) -> int:
+        return self.compressor.config.multiple * PATCH
+
+    def _pad(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return F.pad(x, (0, -width % self._unit, 0, -height % self._unit), mode="replicate")
+
+
+def to_patches(x: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] to patches (B, 48, H/4, W/4) of brightness and two colour differences.
+
+    Squared errors grow by CONTRAST squared, and are otherwise those of the pixels.
+    """
+    return F.pixel_unshuffle(CONTRAST * torch.einsum("dc,bchw->bdhw", COLOUR.to(x.device), x - 0.5), PATCH)
+
+
+def from_patches(z: Tensor) -> Tensor:
+    """Inverse of `to_patches`, clipped to [0, 1]; differentiable."""
+    planes = F.pixel_shuffle(z, PATCH)
+    return (torch.einsum("dc,bdhw->bchw", COLOUR.to(z.device), planes) / CONTRAST + 0.5).clamp(0, 1)
+
+
+def _cell_basis() -> Tensor:
+    """The lowest of a cell's orthonormal DCT coefficients as rows over its patches: (128, 768)."""
+    n = torch.arange(CELL, dtype=torch.float64)
+    basis = torch.cos(torch.pi * (2 * n + 1) * n[:, None] / (2 * CELL)) * (2 / CELL) ** 0.5
+    basis[0] /= 2**0.5
+    waves = torch.einsum("ui,vj->uvij", basis, basis).flatten(0, 1)  # (256, 16, 16)
+    waves = waves[(n[:, None] ** 2 + n**2).flatten().argsort(stable=True)]
+    planes = torch.cat([_as_plane(waves[:kept], colour) for colour, kept in enumerate(KEPT)])
+    return F.pixel_unshuffle(F.pixel_unshuffle(planes, PATCH), CELL // PATCH).flatten(1).float()
+
+
+def _as_plane(waves: Tensor, colour: int) -> Tensor:
+    planes = torch.zeros(len(waves), 3, CELL, CELL, dtype=waves.dtype)
+    planes[:, colour] = waves
+    return planes
+
+
+def train_mse(run: Run) -> None:
+    """R + lambda D over all rates at once: scenes, batch, steps, rate and warm-up are those of SLIM's stage 1."""
+    from .training import Stage1Config
+
+    _train(run, "baseline_mse", PixelCodec.new(), _recipe("baseline_mse", Stage1Config), 0.0)
+
+
+def train_task(run: Run, ce: float) -> None:
+    """R + lambda (D + ce * cross-entropy of machine A), from where `train_mse` ended: the strongest published kind.
+
+    All else is as in SLIM's stage 2, whose gradients come from machine A too.
+    """
+    from .training import Stage2Config
+
+    codec = PixelCodec.from_pretrained(run.out / "baseline_mse", run.device)
+    codec.compressor.encoder.roi.requires_grad_(False)
+    _train(run, "baseline_task", codec, _recipe("baseline_task", Stage2Config), ce)
+
+
+def _recipe(name: str, stage: type[Stage1Config]) -> Recipe:
+    from .pretrain import Recipe
+
+    return Recipe(name, stage.steps, stage.lr, stage.warmup, betas=(0.9, 0.98), weight_decay=1e-4)
+
+
+def _train(run: Run, name: str, codec: PixelCodec, recipe: Recipe, ce: float) -> None:
+    from .pretrain import SOURCE, fit
+    from .training import bits_per_pixel
+
+    pool = run.train_pool()
+    machine = load_machine(str(run.out / "machine_a"), run.device)
+    model = codec.compressor.to(run.device, memory_format=torch.channels_last)
+
+    def loss_of(rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        indices = np.sort(rng.integers(len(pool), size=run.batch))
+        x = pool.batch(indices).to(run.device)
+        # One quality from each of `batch` equal parts of [0, 1]: steadier gradients than independent draws.
+        part = (rng.permutation(run.batch) + rng.random(run.batch)) / run.batch
+        quality = torch.from_numpy(part).float().to(run.device)
+        lam = LAMBDA[0] * (LAMBDA[1] / LAMBDA[0]) ** quality
+        z = to_patches(x)
+        with repro.autocast(run.device, cpu=True):
+            out = model(z.to(memory_format=torch.channels_last), quality)
+        bpp = bits_per_pixel(out["likelihoods"], z.shape[-2:], PATCH)
+        error = (z - out["z_hat"]).square().mean((1, 2, 3))
+        shown = {"bpp": bpp.mean().item(), "mse": error.mean().item()}
+        if ce:
+            x_hat = from_patches(out["z_hat"])
+            with repro.autocast(run.device, cpu=True):
+                logits = machine(x_hat).float()
+            labels = torch.from_numpy(pool.labels[indices]).to(run.device)
+            crossed = F.cross_entropy(logits, labels, reduction="none")
+            error = error + ce * crossed
+            shown |= {"ce": crossed.mean().item(), "top1": (logits.argmax(1) == labels).float().mean().item()}
+        loss = ((bpp + lam * error) / lam.sqrt()).mean()  # as in stage 1: no rate drowns another
+        return loss, {"loss": loss.item(), **shown}
+
+    modules, facts = fit(run, recipe, {"model": model}, loss_of, _groups(model))
+    facts |= {
+        "command": "python -m slimlib.baselines " + shlex.join(sys.argv[1:]),
+        "loss": "R + lambda * D" if not ce else f"R + lambda * (D + {ce:g} * cross-entropy of machine A)",
+        "lambda": f"{LAMBDA[0]:g} to {LAMBDA[1]:g}, log-spaced over quality; all of them in every batch",
+        "compared with SLIM": "scenes, batch, optimiser and rates of its "
+        + ("stage 2, with the gradient of the same machine A" if ce else "stage 1"),
+    }
+    codec = PixelCodec(modules["model"].to(memory_format=torch.contiguous_format))
+    with repro.atomic_folder(run.out / name) as folder:
+        codec.save_pretrained(folder)
+    figures = measure_pixels(codec, run.test_pool(), machine)
+    about = "A mean-scale hyperprior on pixels, one model for all rates: the learned baseline, " + (
+        "tuned on for machine A." if ce else "trained for squared error."
+    )
+    repro.write_card(run.out / name, f"Pocket {name.replace('_', ', ')}", about, facts, figures, SOURCE)
+    print(name, figures)
+
+
+def _groups(model: LatentCompressor) -> list[dict]:
+    """Weights, and the knots over quality, which move far: faster, as in stage 1."""
+    from .training import KNOT_SPEED
+
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    knots = [p for n, p in trained if n.startswith(("log_", "gate_depth")) or n.endswith(".values")]
+    others = [p for _, p in trained if not any(p is knot for knot in knots)]
+    return [{"params": others, "scale": 1.0}, {"params": knots, "scale": float(KNOT_SPEED)}]
+
+
+@torch.no_grad()
+def measure_pixels(
+    codec: PixelCodec, pool: ScenePool, machine: torch.nn.Module, qualities: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)
+) -> dict:
+    """Estimated rate, PSNR and accuracy of one machine over a pool, for the card."""
+    from .training import bits_per_pixel
+
+    figures: dict = {"test scenes": len(pool)}
+    model = codec.compressor.eval()
+    for quality in qualities:
+        bits, error, hits = 0.0, 0.0, 0
+        for first in range(0, len(pool), 62):
+            indices = np.arange(first, min(first + 62, len(pool)))
+            x = pool.batch(indices).to(model.device)
+            z = to_patches(x)
+            out = model(z, quality)
+            x_hat = from_patches(out["z_hat"])
+            bits += float(bits_per_pixel(out["likelihoods"], z.shape[-2:], PATCH).sum())
+            error += float((x - x_hat).square().mean((1, 2, 3)).sum())
+            hits += int((machine(x_hat).argmax(1).cpu() == torch.from_numpy(pool.labels[indices])).sum())
+        figures[f"bpp at quality {quality:g}"] = round(bits / len(pool), 5)
+        figures[f"PSNR at quality {quality:g} [dB]"] = round(-10 * math.log10(error / len(pool)), 2)
+        figures[f"top-1 of machine A at quality {quality:g} [%]"] = round(100 * hits / len(pool), 2)
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from .pretrain import Run
+    from .training import Stage1Config, Stage2Config
+
+    parser = argparse.ArgumentParser(
+        prog="python -m slimlib.baselines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=["mse", "task"], help="what to train")
+    parser.add_argument("--out", type=Path, default=ASSETS / "pocket", help="folder of the models")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="checkpoints and caches (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: as many as SLIM's stage)")
+    parser.add_argument("--batch", type=int, help="scenes a step (default: as many as SLIM's stage)")
+    parser.add_argument("--pool", type=int, default=16_368, help="training scenes (default: %(default)s)")
+    parser.add_argument("--ce", type=float, default=Stage2Config.b, help="weight of the cross-entropy (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the best at hand)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    a = parser.parse_args(arguments)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    repro.quiet_libraries()
+    repro.seed_everything(a.seed)
+    device = repro.pick_device(a.device)
+    batch = a.batch or (Stage1Config if a.task == "mse" else Stage2Config).batch
+    run = Run(a.out, a.work, a.steps, batch, a.seed, a.resume, False, device, a.pool, not a.quiet)
+    if a.task == "mse":
+        train_mse(run)
+    else:
+        train_task(run, a.ce)
+
+
+if __name__ == "__main__":
+    main()

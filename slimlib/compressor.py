@@ -84,9 +84,11 @@ class CompressorConfig:
     symbol_bound: int = 63
     gain_min: float = 0.2
     gain_max: float = 3.0
-    t0_table: list[list[float]] = field(default_factory=lambda: [[0.0, 100], [0.5, 50], [1.0, 20]])
+    t0_table: list[list[float]] = field(
+        default_factory=lambda: [[0.0, 700], [0.3, 500], [0.5, 300], [0.75, 50], [1.0, 20]]
+    )
     steps: int = 4
-    guidance: float = 1.0
+    guidance: float = 3.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -147,9 +149,7 @@ class LatentCompressor(nn.Module):
             prior_start=float(-np.log(config.scale_min)) / config.log_step,
         )
         # The bound is what the rarest symbol has in the table of frequencies.
-        self.gaussian = GaussianConditional(
-            None, scale_bound=config.scale_min, likelihood_bound=2.0**-FREQUENCY_BITS
-        )
+        self.gaussian = GaussianConditional(None, scale_bound=config.scale_min, likelihood_bound=2.0**-FREQUENCY_BITS)
         columns = 2 * config.symbol_bound + 2
         self.register_buffer("table", torch.zeros(config.scale_levels, columns, dtype=torch.int32))
         self._frequencies: FrequencyTable | None = None
@@ -336,9 +336,7 @@ class LatentCompressor(nn.Module):
         atomic_write(folder / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device | None = None
-    ) -> LatentCompressor:
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> LatentCompressor:
         """Read what `save_pretrained` wrote, strictly.
 
         Raises:
@@ -376,9 +374,7 @@ class LatentCompressor(nn.Module):
         wanted = self._stored()
         missing, surplus = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
         if missing or surplus:
-            raise ValueError(
-                f"The weights do not fit this compressor: missing {missing}, not known {surplus}."
-            )
+            raise ValueError(f"The weights do not fit this compressor: missing {missing}, not known {surplus}.")
         for name, tensor in stored.items():
             if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
                 raise ValueError(
@@ -403,9 +399,7 @@ class LatentCompressor(nn.Module):
     def _check_latent(self, z: Tensor, one: bool = False) -> None:
         multiple, channels = self.config.multiple, self.config.latent_channels
         if z.ndim != 4 or z.shape[1] != channels or z.shape[2] % multiple or z.shape[3] % multiple:
-            raise ValueError(
-                f"Expected (B, {channels}, h, w) with h, w multiples of {multiple}; got {tuple(z.shape)}."
-            )
+            raise ValueError(f"Expected (B, {channels}, h, w) with h, w multiples of {multiple}; got {tuple(z.shape)}.")
         if one and (z.shape[0] != 1 or not bool(z.isfinite().all())):
             raise ValueError(f"compress takes one finite latent at a time; got {tuple(z.shape)}.")
 
@@ -476,8 +470,7 @@ class Block(nn.Module):
             grid = F.adaptive_avg_pool2d(grid, (min(rows, ATTENDED), min(columns, ATTENDED)))
             seen = grid.flatten(2).transpose(1, 2)
         q, k, v = (
-            t.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for t in (self.q(normed), *self.kv(seen).chunk(2, 2))
+            t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.q(normed), *self.kv(seen).chunk(2, 2))
         )
         tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         tokens = tokens + self.mlp(self.norm2(tokens) * (1 + scale2) + shift2)
@@ -504,9 +497,7 @@ class Encoder(nn.Module):
         for stage in range(config.stages):
             last = stage == config.stages - 1
             out = config.width if last else config.stem
-            down += [
-                nn.Conv2d(channels, out, 5 if stage == 0 else 3, stride=2, padding=2 if stage == 0 else 1)
-            ]
+            down += [nn.Conv2d(channels, out, 5 if stage == 0 else 3, stride=2, padding=2 if stage == 0 else 1)]
             down += [] if last else [ResidualBlock(out, out)]
             channels = out
         self.down = nn.Sequential(*down)
@@ -515,9 +506,7 @@ class Encoder(nn.Module):
         self.block = block = 2**config.stages
         inside = config.latent_channels * block**2
         self.direct = nn.Conv2d(inside, config.y_channels, 1, bias=False)
-        self.direct.weight.data = _block_dct(config.latent_channels, block, config.y_channels)[
-            ..., None, None
-        ]
+        self.direct.weight.data = _block_dct(config.latent_channels, block, config.y_channels)[..., None, None]
         self.y = nn.Conv2d(config.width, config.y_channels, 1)
         self.y.weight.data *= 0.1
         self.h = nn.Sequential(
@@ -525,9 +514,7 @@ class Encoder(nn.Module):
             nn.GELU(),
             nn.Conv2d(config.width // 2, config.h_channels, 1),
         )
-        self.roi = nn.Sequential(
-            nn.Conv2d(config.width, 4**config.stages, 1), nn.PixelShuffle(2**config.stages)
-        )
+        self.roi = nn.Sequential(nn.Conv2d(config.width, 4**config.stages, 1), nn.PixelShuffle(2**config.stages))
 
     def forward(self, z: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         embedding = self.embed(quality)
@@ -545,9 +532,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.enter = nn.Conv2d(2 * config.y_channels, config.width, 1)
         self.embed = QualityEmbedding()
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads) for _ in range(max(1, config.depth - 1))
-        )
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(max(1, config.depth - 1)))
         channels, up = config.width, []
         for stage in range(config.stages):
             out = max(config.stem >> stage, 16)

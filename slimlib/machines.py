@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from .repro import pick_device
 
+CAM_GRID = 6
+"""Cells a side that Grad-CAM needs. The last layer has 7 at 224 px, but 3 at 96 px: on scenes of the pocket machines a
+map from there overlaps the object no better than a spot in the middle, one from a layer before much better."""
+
 
 class Machine(nn.Module):
     """A frozen timm classifier that takes pictures in [0, 1] and does its own resizing and normalisation.
@@ -20,7 +24,7 @@ class Machine(nn.Module):
     Attributes:
         net: the timm model.
         classes: the class names in the order of the logits.
-        cam_layer: the last layer that still has a spatial grid; Grad-CAM looks here.
+        cam_layer: the layer that Grad-CAM looks at: deep, yet with a grid of some resolution.
     """
 
     def __init__(self, net: nn.Module, classes: list[str]) -> None:
@@ -31,7 +35,7 @@ class Machine(nn.Module):
         self.size: int = config["input_size"][-1]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
-        self.cam_layer = _last_spatial_layer(net)
+        self.cam_layer = _cam_layer(net, self.size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of pictures (B, 3, H, W) in [0, 1]; differentiable with respect to x."""
@@ -92,10 +96,9 @@ def to_images(x: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-def _last_spatial_layer(net: nn.Module) -> nn.Module:
-    """The end of the convolutional body: what `feature_info` calls the last stage, or the head convolution."""
-    for name in ("conv_head", "layer4", "stages", "blocks"):
-        if hasattr(net, name):
-            layer = getattr(net, name)
-            return layer[-1] if isinstance(layer, nn.Sequential) else layer
-    raise ValueError(f"no spatial layer known for {type(net).__name__}: pass one to roi.gradcam")
+def _cam_layer(net: nn.Module, size: int) -> nn.Module:
+    """The deepest stage whose grid has at least `CAM_GRID` cells a side for pictures of `size` pixels, or the first."""
+    stages = list(net.feature_info)
+    fine = [stage for stage in stages if size // stage["reduction"] >= CAM_GRID]
+    layer = net.get_submodule((fine or stages)[-1 if fine else 0]["module"])
+    return layer[-1] if isinstance(layer, nn.Sequential) else layer

@@ -18,6 +18,8 @@ COLOURS = {
     "SLIM, no diffusion": "#004c78",
     "SLIM, no caption": "#7a9cc6",
     "SLIM, uniform weights": "#8c6bb1",
+    "SLIM, feature matching": "#44aa99",
+    "SLIM, LoRA": "#332288",
     "caption only": "#cc79a7",
     "hyperprior": "#009e73",
     "hyperprior, machine loss": "#6a9c2d",
@@ -25,11 +27,12 @@ COLOURS = {
     "WebP": "#e69f00",
     "AVIF": "#a6761d",
     "JPEG 2000": "#b2182b",
+    "best classic, payload": "#7f3b08",
     "uncompressed": "#595959",
 }
 """One colour for each method, in every figure."""
 
-CLASSIC = {"JPEG", "WebP", "AVIF", "JPEG 2000"}
+CLASSIC = {"JPEG", "WebP", "AVIF", "JPEG 2000", "best classic, payload"}
 PART_COLOURS = {
     "header": "#595959",
     "caption": "#cc79a7",
@@ -141,6 +144,41 @@ def rate_curve(
     ax.set_xlabel("Bit-rate [bpp]")
     ax.set_ylabel("Top-1 accuracy [%]")
     ax.set_title("(upper-left is better)")
+    return ax
+
+
+def log_rate(ax: Axes) -> Axes:
+    """Make the bit-rate axis logarithmic, with plain numbers at 1 and 3 of each decade."""
+    ticks = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 3)]
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("Bit-rate [bpp]")
+    return ax
+
+
+def interval_dots(
+    ax: Axes, rows: Mapping[str, tuple[float, float, float]], label: str, reference: str | None = None
+) -> Axes:
+    """Values with their intervals, one above the other, the first on top.
+
+    Args:
+        rows: name to (value, low, high).
+        label: of the horizontal axis, with its unit.
+        reference: the row to compare with: drawn in colour, with a line through its value.
+    """
+    for place, (name, (value, low, high)) in enumerate(rows.items()):
+        colour = COLOURS["SLIM"] if name == reference else "#595959"
+        ax.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.5, solid_capstyle="butt")
+        ax.plot([value], [place], "o", color=colour)
+        if name == reference:
+            ax.axvline(value, color=colour, linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xlabel(label)
+    ax.grid(False, axis="y")
     return ax
 
 

@@ -799,7 +799,7 @@ def train_captioner(run: Run) -> None:
                 left, top, right, bottom = boxes[i] if kind < 0.75 else loose_box(pool.masks[i], rng)
                 x = x[:, top:bottom, left:right]
             x = F.interpolate(x[None].float() / 255, (CAPTION_SIZE,) * 2, mode="bilinear", antialias=True)
-            x = x * rng.uniform(0.8, 1.2)
+            x = x * torch.from_numpy(rng.uniform(0.8, 1.2, (1, 3, 1, 1)).astype(np.float32))  # other light
             crops.append(x.flip(-1) if rng.random() < 0.5 else x)
             texts.append(f"{pool.nouns[i]} {pool.places[i]}" if whole else pool.nouns[i])
         pixels = ((torch.cat(crops) - mean) / std).to(run.device)
@@ -814,7 +814,7 @@ def train_captioner(run: Run) -> None:
         top1 = (logits.argmax(-1) == classes).float().mean().item()
         return out.loss + F.cross_entropy(logits, classes), {"loss": out.loss.item(), "top1": top1}
 
-    recipe = Recipe("captioner", steps=3_000, lr=1e-3, warmup=200, betas=(0.9, 0.98), weight_decay=0.02)
+    recipe = Recipe("captioner", steps=9_000, lr=1e-3, warmup=200, betas=(0.9, 0.98), weight_decay=0.05, ema=0.998)
     weights = {"model": run.out / "captioner" / "model.safetensors"}  # the head always starts anew
     nets, facts = fit(run, recipe, {"model": model, "head": head}, loss_of, weights=weights)
     save_captioner(run, nets["model"], processor, facts)

@@ -1,15 +1,36 @@
-"""The classic codecs."""
+"""The classic codecs, and the learned codec on pixels."""
 
 from __future__ import annotations
 
 import io
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_codec import picture
 
-from slimlib.baselines import CODECS, encode_classic, nearest_size, payload_bytes
+from slimlib.baselines import (
+    CODECS,
+    CONTRAST,
+    PixelCodec,
+    decode_classic,
+    downscale,
+    encode_classic,
+    from_patches,
+    main,
+    nearest_size,
+    payload_bytes,
+    to_patches,
+)
+from slimlib.compressor import CompressorConfig, LatentCompressor
+from slimlib.pool import ScenePool
+from slimlib.pretrain import Run
+from slimlib.scales import ASSETS
+from slimlib.stream import StreamError
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +77,14 @@ def test_downscaling_reaches_smaller_budgets(image: Image.Image, codec: str) -> 
     assert Image.open(io.BytesIO(data)).size != image.size
 
 
+def test_half_the_size_and_back(image: Image.Image) -> None:
+    small = downscale(image, 0.5)
+    assert small.size == (48, 32) and downscale(image, 1) is image
+    back = decode_classic(encode_classic(small, "webp", 90), image.size)
+    assert back.size == image.size
+    assert np.abs(np.asarray(back, int) - np.asarray(image, int)).mean() < 12
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_payload_of_what_is_no_file(image: Image.Image, codec: str) -> None:
     whole = encode_classic(image, codec, 50)
@@ -82,3 +111,84 @@ def test_wrong_arguments(image: Image.Image) -> None:
             encode_classic(image, "webp", quality)
     with pytest.raises(ValueError, match="budget"):
         nearest_size(image, "webp", 0)
+
+
+# ---- the learned baseline
+
+
+@pytest.fixture(scope="module")
+def untrained() -> PixelCodec:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        codec = PixelCodec.new()
+    codec.compressor.update()
+    codec.compressor.eval()
+    return codec
+
+
+def test_patches_come_back_and_keep_errors() -> None:
+    x = torch.rand(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    z = to_patches(x)
+    assert z.shape == (2, 48, 8, 16)
+    assert torch.allclose(from_patches(z), x, atol=1e-6)
+    other = (x + 0.1 * torch.rand_like(x)).clamp(0, 1)
+    error = (to_patches(other) - z).square().mean()
+    assert torch.allclose(error, CONTRAST**2 * (other - x).square().mean(), rtol=1e-4)
+
+
+def test_it_starts_as_a_transform_that_keeps_the_picture(untrained: PixelCodec) -> None:
+    basis = untrained.compressor.encoder.direct.weight[:, :, 0, 0].double()
+    assert torch.allclose(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=1e-6)
+    assert torch.equal(untrained.compressor.decoder.direct.weight[:, :, 0, 0].double().T, basis)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (70, 33)])
+def test_real_bytes(untrained: PixelCodec, size: tuple[int, int], tmp_path: Path) -> None:
+    image, sizes, errors = picture(*size), [], []
+    for quality in (0.0, 0.5, 1.0):
+        data, bits = untrained.encode(image, quality)
+        assert data == untrained.compress(image, quality)
+        decoded = untrained.decompress(data)
+        assert decoded.size == image.size
+        header = 7 if size == (128, 128) else 9
+        assert abs(len(data) - header - float(bits["y"].sum() + bits["h"].sum()) / 8) < 3 + 0.01 * len(data)
+        sizes.append(len(data))
+        errors.append(np.square(np.asarray(decoded, float) - np.asarray(image, float)).mean())
+    assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
+    with pytest.raises(StreamError):
+        untrained.decompress(data[:-1])
+    with pytest.raises(StreamError):
+        untrained.decompress(b"S" + data)
+
+
+def test_weights_come_back_strictly(untrained: PixelCodec, tmp_path: Path) -> None:
+    untrained.save_pretrained(tmp_path)
+    again = PixelCodec.from_pretrained(tmp_path)
+    image = picture(64, 64)
+    assert again.compress(image, 0.5) == PixelCodec.from_pretrained(tmp_path).compress(image, 0.5)
+    with pytest.raises(ValueError, match="latent_channels=48"):
+        PixelCodec(LatentCompressor(CompressorConfig()))
+    with pytest.raises(FileNotFoundError):
+        PixelCodec.from_pretrained(tmp_path / "nothing")
+
+
+def test_training_and_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of each, on a few scenes: weights, cards, and a checkpoint that the second run finds finished."""
+    pool = ScenePool.load(tmp_path / "work" / "cache", "train", 8, progress=False)
+    assert len(pool) == 8
+    monkeypatch.setattr(Run, "test_pool", lambda self: self.train_pool())
+    shutil.copytree(ASSETS / "pocket" / "machine_a", tmp_path / "out" / "machine_a")
+    where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--pool", "8", "--batch", "2", "--quiet"]
+    main(["mse", "--steps", "2", *where])
+    main(["task", "--steps", "2", "--device", "cpu", *where])
+    cards = [json.loads((tmp_path / "out" / f"baseline_{n}" / "card.json").read_text()) for n in ("mse", "task")]
+    for card in cards:
+        assert card["training"]["steps"] == 2 and card["training"]["batch"] == 2
+        assert "8 training scenes" in card["training"]["data"]
+    assert "cross-entropy" in cards[1]["training"]["loss"] and "cross-entropy" not in cards[0]["training"]["loss"]
+    before = (tmp_path / "out" / "baseline_mse" / "model.safetensors").read_bytes()
+    main(["mse", "--steps", "2", "--resume", *where])
+    assert (tmp_path / "out" / "baseline_mse" / "model.safetensors").read_bytes() == before
+    codec = PixelCodec.from_pretrained(tmp_path / "out" / "baseline_task")
+    roi = codec.compressor.encoder.roi.state_dict()
+    assert all(not value.any() for value in roi.values()), "it predicts no region of interest"

@@ -33,6 +33,12 @@ def test_everything_draws_with_the_style(image: Image.Image) -> None:
         assert plots.rate_curve(ax[3], *curve) is ax[3]
         assert ax[3].lines[0].get_linestyle() == "--"
         assert ax[3].lines[0].get_xdata().tolist() == [0.1, 0.2]
+        dots = {"SLIM": (50.0, 40.0, 60.0), "no caption": (45.0, 36.0, 55.0)}
+        assert plots.interval_dots(axes[0, 0], dots, "Top-1 accuracy [%]", "SLIM") is axes[0, 0]
+        assert [text.get_text() for text in axes[0, 0].get_yticklabels()] == list(dots)
+        assert axes[0, 0].get_ylim()[0] > axes[0, 0].get_ylim()[1], "the first is on top"
+        assert plots.log_rate(ax[3]) is ax[3]
+        assert [tick.get_text() for tick in ax[3].get_xticklabels()] in (["0.1"], [])  # 0.3 is beyond the curve
         figure.canvas.draw()
         assert dict(mpl.rcParams) == before
         plt.close(figure)
