@@ -21,7 +21,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -773,7 +773,7 @@ def build_captioner() -> tuple[nn.Module, Any]:
 
 
 def train_captioner(run: Run) -> None:
-    """RoI crops with the noun as the caption; one picture in four whole, with noun and place.
+    """RoI crops with the noun as the caption; one picture in five whole, with noun and place.
 
     Most crops are cut where Grad-CAM says, as the codec will cut them; the others loosely around the matte.
     While training, a linear layer reads the class from the vision encoder's first token: words alone teach a young
@@ -793,10 +793,11 @@ def train_captioner(run: Run) -> None:
         crops, texts = [], []
         for i in indices:
             kind = rng.random()
-            whole = kind < 0.25
+            whole = kind < 0.2
             x = torch.from_numpy(np.array(pool.images[i]))
             if not whole:
-                left, top, right, bottom = boxes[i] if kind < 0.75 else loose_box(pool.masks[i], rng)
+                seen = boxes[i] if kind < 0.8 else matte_box(pool.masks[i])
+                left, top, right, bottom = loosened(seen, x.shape[-1], rng, (0.1, 0.1) if kind < 0.8 else (0.15, 0.35))
                 x = x[:, top:bottom, left:right]
             x = F.interpolate(x[None].float() / 255, (CAPTION_SIZE,) * 2, mode="bilinear", antialias=True)
             x = x * torch.from_numpy(rng.uniform(0.8, 1.2, (1, 3, 1, 1)).astype(np.float32))  # other light
@@ -841,14 +842,19 @@ def cached_boxes(run: Run, pool: ScenePool) -> np.ndarray:
     return np.load(path)
 
 
-def loose_box(mask: np.ndarray, rng: np.random.Generator, cell: int = 4) -> tuple[int, int, int, int]:
-    """The matte's box (left, top, right, bottom) in pixels, each edge moved at random, as Grad-CAM's would be."""
+def matte_box(mask: np.ndarray, cell: int = 4) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) in pixels around a matte on the latent grid."""
     rows, columns = np.nonzero((mask > 60).any(1))[0], np.nonzero((mask > 60).any(0))[0]
-    side = mask.shape[0] * cell
-    left, right = int(columns[0]) * cell, (int(columns[-1]) + 1) * cell
-    top, bottom = int(rows[0]) * cell, (int(rows[-1]) + 1) * cell
+    return int(columns[0]) * cell, int(rows[0]) * cell, (int(columns[-1]) + 1) * cell, (int(rows[-1]) + 1) * cell
+
+
+def loosened(
+    box: Sequence[int], side: int, rng: np.random.Generator, reach: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Each edge of a box moved at random, by up to reach[0] of its length inwards, reach[1] outwards."""
+    left, top, right, bottom = map(int, box)
     w, h = right - left, bottom - top
-    moves = rng.uniform(-0.15, 0.35, 4)  # a little inside to well outside
+    moves = rng.uniform(-reach[0], reach[1], 4)
     left, top = max(0, round(left - moves[0] * w)), max(0, round(top - moves[1] * h))
     right, bottom = min(side, round(right + moves[2] * w)), min(side, round(bottom + moves[3] * h))
     return left, top, max(right, left + 8), max(bottom, top + 8)

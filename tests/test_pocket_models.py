@@ -44,27 +44,8 @@ def test_the_floors_are_met():
     assert vae["top-1 of machine_b on originals"] - vae["top-1 of machine_b on reconstructions"] <= 10
     assert card("machine_b")["figures"]["top-1"] >= 95
     assert card("machine_a")["figures"]["top-1"] >= 90
-
-
-# What still has to be trained on. Strict: a model that reaches its floor moves to the test above.
-@pytest.mark.parametrize(
-    ("name", "figure", "floor"),
-    [
-        ("ldm", "recognised by machine_b [%]", 30),
-        ("captioner", "names the class from the Grad-CAM crop [%]", 85),
-    ],
-)
-@pytest.mark.xfail(reason="trained too briefly so far: `python -m slimlib.pretrain ... --warm` goes on", strict=True)
-def test_the_floors_still_to_be_met(name, figure, floor):
-    assert card(name)["figures"][figure] >= floor
-
-
-@pytest.mark.parametrize(
-    ("name", "figure"),
-    [("ldm", "recognised by machine_b [%]"), ("captioner", "names the class from the Grad-CAM crop [%]")],
-)
-def test_better_than_chance(name, figure):
-    assert card(name)["figures"][figure] > 4 * 100 / len(CLASSES)
+    assert card("ldm")["figures"]["recognised by machine_b [%]"] >= 30
+    assert card("captioner")["figures"]["names the class from the Grad-CAM crop [%]"] >= 85
 
 
 def test_only_safetensors_and_not_too_many():
