@@ -12,7 +12,7 @@ from slimlib.scales import ASSETS, Scale
 from slimlib.scenes import CLASSES, PocketScenes
 
 SCENES = (14, 52, 8)
-QUALITY = 0.6
+QUALITY = 0.75
 
 
 def main() -> None:

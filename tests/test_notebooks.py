@@ -25,6 +25,20 @@ from slimlib.tutorial import NOTEBOOKS, WIDGET_VIEW, clean_notebook, numbered, r
 SMALL: dict[str, dict[str, object]] = {
     "00_start_here": {"qualities": [0.2, 0.8]},
     "solutions/00_wrong_caption": {"n_scenes": 2, "qualities": [0.5]},
+    "01_roi_extraction": {"n_scenes": 16, "n_val": 12, "sigmas": [2, 16]},
+    "solutions/01_keep_a_share": {"n_scenes": 24, "shares": [0.0, 0.1, 0.2, 1.0]},
+    "02_latent_compression": {"n_scenes": 6, "n_fit": 16, "n_sweep": 5, "qualities": [0.5, 1.0]},
+    "solutions/02_adaptive_counts": {"n_scenes": 3, "n_fit": 8},
+    "03_roi_captioning": {
+        "n_captioned": 31, "n_drawn": 8, "draw_steps": 4, "n_decoded": 6, "noise_levels": [100, 500]
+    },
+    "solutions/03_learning_a_prior": {"n_train": 124, "n_test": 31},
+    "04_diffusion_enhancement": {"n_scenes": 4, "noise_levels": [100, 600], "steps_tried": [1, 4]},
+    "solutions/04_many_seeds": {"n_scenes": 4, "n_seeds": 4},
+    "05_stage1_training": {"n_train": 32, "n_test": 24, "train_steps": 16, "batch": 8},
+    "solutions/05_background_weight": {
+        "n_train": 24, "n_test": 16, "train_steps": 8, "batch": 8, "background_weights": [0.02, 1.0]
+    },
     "10_pocket_scenes": {"size": 64},
     "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
     "solutions/10_two_objects": {"size": 128},
