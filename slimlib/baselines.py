@@ -433,13 +433,10 @@ def _train(run: Run, name: str, codec: PixelCodec, recipe: Recipe, ce: float) ->
 
 
 def _groups(model: LatentCompressor) -> list[dict]:
-    """Weights, and the knots over quality, which move far: faster, as in stage 1."""
-    from .training import KNOT_SPEED
+    """The groups of stage 1, with the factor under the name that `pretrain.fit` knows; the decay is the recipe's."""
+    from .training import parameter_groups
 
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    knots = [p for n, p in trained if n.startswith(("log_", "gate_depth")) or n.endswith(".values")]
-    others = [p for _, p in trained if not any(p is knot for knot in knots)]
-    return [{"params": others, "scale": 1.0}, {"params": knots, "scale": float(KNOT_SPEED)}]
+    return [{"params": g["params"], "scale": g["speed"]} for g in parameter_groups(model)]
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from slimlib.compressor import LatentCompressor
-from slimlib.ldm import CLEAN, LatentDiffusion
+from slimlib.ldm import CLEAN, LatentDiffusion, lay_out_for_training, weights_digest
 from slimlib.machines import to_tensor
 from slimlib.repro import (
     atomic_folder,
@@ -50,7 +50,7 @@ from slimlib.repro import (
 )
 from slimlib.scales import ASSETS
 from slimlib.scenes import PocketScenes, Scene
-from slimlib.training import LORA_FILE
+from slimlib.training import LORA_FILE, trained_part
 
 FOLDER = ASSETS / "pocket" / "one_step"
 """Where the trained adapter lies."""
@@ -172,22 +172,17 @@ def student_of(ldm: LatentDiffusion, rank: int) -> LatentDiffusion:
 
     The adapters start as nothing: the new student says what its teacher says in one step without guidance.
     """
-    from diffusers.models.attention_processor import AttnProcessor
     from peft import LoraConfig
 
     student = _with_unet(ldm, copy.deepcopy(ldm.unet))
     student.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED), adapter_name=ADAPTER)
-    student.unet.to(memory_format=torch.channels_last)
-    if student.device.type == "cpu":
-        student.unet.set_attn_processor(AttnProcessor())  # plain products: the fused attention trains slower
+    lay_out_for_training(student.unet)
     return student
 
 
 def adapter_of(student: LatentDiffusion) -> nn.ParameterDict:
     """What is trained: the adapters' matrices by their names."""
-    return nn.ParameterDict(
-        {name.replace(".", "/"): p for name, p in student.unet.named_parameters() if p.requires_grad}
-    )
+    return trained_part(student.unet)
 
 
 def distillation_loss(student: LatentDiffusion, z_t: Tensor, t: Tensor, text: Tensor, z_end: Tensor) -> Tensor:
@@ -304,12 +299,7 @@ def load_student(ldm: LatentDiffusion, folder: str | Path = FOLDER) -> LatentDif
 
 def unet_print(ldm: LatentDiffusion) -> str:
     """A hash of the UNet's and the text encoder's weights: of the first values of every tensor."""
-    digest = hashlib.sha256()
-    for model in (ldm.unet, ldm.text_encoder):
-        for name, tensor in sorted(model.state_dict().items()):
-            head = tensor.detach()[(0,) * max(0, tensor.ndim - 1)].reshape(-1)[:8]
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + head.to("cpu", torch.float16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return weights_digest(ldm.unet, ldm.text_encoder).hex()[:16]
 
 
 def _with_unet(ldm: LatentDiffusion, unet: nn.Module) -> LatentDiffusion:

@@ -863,7 +863,7 @@ def open_codec(folder: Path, name: str, like: SlimCodec | None = None) -> SlimCo
 
 
 def all_jobs(folder: Path, scenes: int, ablation_scenes: int) -> list[tuple[Method, int]]:
-    """Everything that DESIGN asks for and whose weights are there.
+    """Every method, baseline and ablation whose weights are there.
 
     The main curves, baselines and ceilings on `scenes`; ablations of the first of MAIN that is there, and variants that
     need weights of their own, on `ablation_scenes`.

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel
 
 from slimlib.repro import pick_device, quiet_libraries
@@ -256,17 +257,30 @@ class LatentDiffusion:
 
     def fingerprint(self) -> bytes:
         """A hash of the weights: of the first values of every tensor, so that gigabytes take no time."""
-        digest = hashlib.sha256()
-        for model in (self.vae, self.unet, self.text_encoder):
-            for name, tensor in sorted(model.state_dict().items()):
-                head = tensor[(0,) * max(0, tensor.ndim - 1)].reshape(-1)[:8]
-                digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                digest.update(head.detach().to("cpu", torch.float16).numpy().astype("<f2").tobytes())
-        return digest.digest()
+        return weights_digest(self.vae, self.unet, self.text_encoder)
 
     @property
     def _shift(self) -> float:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
+
+
+def weights_digest(*models: nn.Module) -> bytes:
+    """A hash over models: of names, shapes and the first values of every tensor."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            head = tensor[(0,) * max(0, tensor.ndim - 1)].reshape(-1)[:8]
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(head.detach().to("cpu", torch.float16).numpy().astype("<f2").tobytes())
+    return digest.digest()
+
+
+def lay_out_for_training(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Lay a UNet out so that gradients pass through it fast. In place; its results stay the same."""
+    unet.to(memory_format=torch.channels_last)
+    if unet.device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # plain products: the fused attention's backward is slower there
+    return unet
 
 
 def _looks_like_a_path(name: str | Path) -> bool:

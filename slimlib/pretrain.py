@@ -611,14 +611,12 @@ def _encoder_print(run: Run) -> str:
 
 def train_ldm(run: Run) -> None:
     """UNet and text encoder together: tell noise from scene (v) in noisy latents, given the caption."""
-    from diffusers.models.attention_processor import AttnProcessor
+    from .ldm import lay_out_for_training
 
     pool = run.train_pool()
     latents = cached_latents(run, pool, "train")
     unet, text_encoder, tokenizer = build_ldm()
-    unet = unet.to(run.device, memory_format=torch.channels_last)
-    if run.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # plain matrix products: the fused attention trains slower on CPUs
+    unet = lay_out_for_training(unet.to(run.device))
     text_encoder = text_encoder.to(run.device)
     scheduler = build_scheduler()
     abar = scheduler.alphas_cumprod.to(run.device)
@@ -954,7 +952,7 @@ def measure_compressor(run: Run, model: nn.Module) -> dict:
     z = torch.from_numpy(np.asarray(latents)).float().to(run.device)
     m = torch.from_numpy(np.asarray(pool.masks[:, None])).float().to(run.device) / 255
     figures: dict = {"test scenes": len(pool)}
-    for row in evaluate_latents(model, z, m, (0.0, 0.25, 0.5, 0.75, 1.0)):
+    for row in evaluate_latents(model, z, m):
         for key, value in row.items():
             if key != "quality":
                 figures[f"{key} at quality {row['quality']:g}"] = round(float(value), 5)

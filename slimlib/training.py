@@ -114,8 +114,8 @@ class Stage2Config(Stage1Config):
         a: weight of the diffusion term, in units of the latent's mean squared error.
         b: weight of the task term: what a nat of cross-entropy (or a relative feature error of 1) is worth in
             units of the latent's mean squared error.
-        task: "ce" for machine A's cross-entropy against the true label, "features" for the error in its last
-            spatial features against those of the original picture.
+        task: "ce" for machine A's cross-entropy against the true label, "features" for the error in its
+            features (those Grad-CAM looks at) against those of the original picture.
         drop_caption: share of the items that are shown to the UNet without caption.
         lora: rank of the adapters on the UNet's attention that are trained along; 0 for none.
     """
@@ -204,13 +204,14 @@ def learning_rate(step: int, config: Stage1Config) -> float:
     return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
 
 
-def parameter_groups(model: LatentCompressor, config: Stage1Config) -> list[dict]:
+def parameter_groups(model: LatentCompressor) -> list[dict]:
     """Weights, and the knots over quality (gains, priors): those move on a logarithmic scale, and far."""
     weights: list[nn.Parameter] = []
     knots: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        of_knots = name.startswith(("log_", "gate_depth")) or name.endswith(".values")
-        (knots if of_knots else weights).append(parameter)
+        if parameter.requires_grad:
+            of_knots = name.startswith(("log_", "gate_depth")) or name.endswith(".values")
+            (knots if of_knots else weights).append(parameter)
     return [
         {"params": weights, "speed": 1.0, "weight_decay": 1e-4},
         {"params": knots, "speed": KNOT_SPEED, "weight_decay": 0.0},
@@ -263,7 +264,7 @@ def train_stage1(
         return stage1_loss(out, z, m, quality, config, model.config.factor)
 
     settings = {"stage1": asdict(config), "compressor": asdict(model.config)}
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model)
     limits = (resume, progress, max_seconds)
     fit(config, {"compressor": model}, groups, loss_of, Path(out_folder), settings, accelerator, *limits)
     return _finish(model, Path(out_folder), accelerator)
@@ -362,7 +363,7 @@ def train_stage2(
     out_folder, factor = Path(out_folder), compressor.config.factor
     model, ldm, machine = compressor.to(device).train(), make_trainable(ldm.to(device)), machine.to(device)
     torch.manual_seed(config.seed)
-    modules, groups = {"compressor": model}, parameter_groups(model, config)
+    modules, groups = {"compressor": model}, parameter_groups(model)
     if config.lora:
         adapters = add_lora(ldm, config.lora)
         modules["lora"] = adapters
@@ -436,7 +437,7 @@ def task_loss(machine: Machine, x_hat: Tensor, labels: Tensor, x: Tensor | None 
 
     Args:
         x_hat: decoded pictures (B, 3, H, W) in [0, 1]; labels: (B,).
-        x: the originals. Given, the loss is the squared error of the machine's last spatial features relative to
+        x: the originals. Given, the loss is the squared error of the machine's features (`cam_layer`) relative to
             their energy (feature matching, as in TransTIC, arXiv 2306.05085, and Adapt-ICMH, arXiv 2407.09853),
             and no label is used; else the cross-entropy.
     """
@@ -451,7 +452,7 @@ def task_loss(machine: Machine, x_hat: Tensor, labels: Tensor, x: Tensor | None 
 
 
 def spatial_features(machine: Machine, x: Tensor) -> Tensor:
-    """What leaves the machine's last spatial layer: (B, channels, rows, columns)."""
+    """What leaves the machine's `cam_layer`: (B, channels, rows, columns)."""
     seen: dict[str, Tensor] = {}
     handle = machine.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.update(output=output))
     try:
@@ -485,12 +486,10 @@ def start_times(config: CompressorConfig, quality: Tensor) -> Tensor:
 
 def make_trainable(ldm: LatentDiffusion) -> LatentDiffusion:
     """Lay the frozen networks out for gradients to pass through them fast. In place; their results stay the same."""
-    from diffusers.models.attention_processor import AttnProcessor
+    from slimlib.ldm import lay_out_for_training
 
-    ldm.unet.to(memory_format=torch.channels_last)
+    lay_out_for_training(ldm.unet)
     ldm.vae.to(memory_format=torch.channels_last)
-    if ldm.device.type == "cpu":
-        ldm.unet.set_attn_processor(AttnProcessor())  # plain products: the fused attention's backward is slower
     return ldm
 
 
@@ -502,8 +501,12 @@ def add_lora(ldm: LatentDiffusion, rank: int) -> nn.ParameterDict:
         ldm.unet.delete_adapters("slim")
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     ldm.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name="slim")
-    trained = {n.replace(".", "/"): p for n, p in ldm.unet.named_parameters() if p.requires_grad}
-    return nn.ParameterDict(trained)
+    return trained_part(ldm.unet)
+
+
+def trained_part(unet: nn.Module) -> nn.ParameterDict:
+    """The parameters of a UNet that are trained, by their names: its adapters, where all else is frozen."""
+    return nn.ParameterDict({n.replace(".", "/"): p for n, p in unet.named_parameters() if p.requires_grad})
 
 
 # ------------------------------------------------------------------------------------------------ measuring
