@@ -41,6 +41,7 @@ test: $(STAMP) ## all tests: units first, then notebooks
 
 lint: $(STAMP) ## style of code and notebooks
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check slimlib tests assets
 
 types: $(STAMP) ## static types of slimlib
 	$(PY) -m mypy

@@ -107,9 +107,7 @@ class IntegerConv2d(nn.Module):
         """(B, inputs, h, w) integers -> (B, outputs, h, w) integers, in the dtype of `a`."""
         weight, bias = (t.to(a.dtype) for t in self.integers())
         if a.dtype != torch.float64:
-            total = F.conv2d(
-                a, weight, bias, padding=1
-            )  # while training: fast, exact but for the longest sums
+            total = F.conv2d(a, weight, bias, padding=1)  # while training: fast, exact but for the longest sums
         else:  # a plain matrix product; no convolution algorithm that would transform the numbers
             columns = F.unfold(a, 3, padding=1)
             total = (weight.flatten(1) @ columns + bias[:, None]).unflatten(2, a.shape[-2:])
@@ -281,9 +279,7 @@ def quantize_pmf(pmf: np.ndarray) -> np.ndarray:
     pmf = np.asarray(pmf)
     n = pmf.shape[-1]
     if n < 1 or n > 2**20 or (pmf < 0).any() or not (pmf.sum(-1) > 0).all():
-        raise ValueError(
-            f"A table needs 1 to {2**20} non-negative entries that are not all zero; got {pmf.shape}."
-        )
+        raise ValueError(f"A table needs 1 to {2**20} non-negative entries that are not all zero; got {pmf.shape}.")
     if np.issubdtype(pmf.dtype, np.integer):
         pmf = pmf.astype(np.int64)
         if pmf.sum(-1).max() >= 2**38:
@@ -395,9 +391,7 @@ class RangeEncoder:
         """Exp-Golomb code of excess >= 1 and a sign; returns the number of bits."""
         length = excess.bit_length()
         if length > ESCAPE_BITS:
-            raise ValueError(
-                f"A symbol is {excess} beyond its table; the stream holds up to 2**{ESCAPE_BITS}."
-            )
+            raise ValueError(f"A symbol is {excess} beyond its table; the stream holds up to 2**{ESCAPE_BITS}.")
         before = self.bits
         self.encode_bits((1 << length) - 2, length)  # length - 1 ones and a zero
         self.encode_bits(excess & ((1 << (length - 1)) - 1), length - 1)

@@ -104,9 +104,7 @@ def pack(header: StreamHeader, payload: bytes) -> bytes:
     return start + _crc(start + fields + payload) + fields + payload
 
 
-def unpack(
-    data: bytes, fingerprint: int | None = None, max_pixels: int = MAX_PIXELS
-) -> tuple[StreamHeader, bytes]:
+def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[StreamHeader, bytes]:
     """Split a .slim stream into header and payload, after checking everything that can be checked.
 
     Args:
@@ -129,9 +127,7 @@ def unpack(
         raise StreamError(f"The stream is of version {version}; this program reads version {VERSION}.")
     # The sum comes before any field is believed.
     if _crc(data[:2] + data[4:]) != data[2:4]:
-        raise StreamError(
-            "The stream is damaged: its check sum does not match (cut, altered, or not a .slim file)."
-        )
+        raise StreamError("The stream is damaged: its check sum does not match (cut, altered, or not a .slim file).")
 
     written_by = int.from_bytes(data[4:6], "big")
     if fingerprint is not None and written_by != fingerprint:

@@ -43,9 +43,7 @@ def latent(rows: int, columns: int, seed: int = 0, batch: int = 1) -> torch.Tens
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (16, 40), (48, 8)])
 @pytest.mark.parametrize("quality", [0.0, 0.3, 1.0])
-def test_round_trip_and_coded_length(
-    compressor: LatentCompressor, size: tuple[int, int], quality: float
-) -> None:
+def test_round_trip_and_coded_length(compressor: LatentCompressor, size: tuple[int, int], quality: float) -> None:
     z = latent(*size)
     encoder = RangeEncoder()
     encoder.encode_categorical(1, [1, 1])  # something before it
@@ -183,9 +181,7 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
         m.compress(latent(16, 16), 0.4, coder)
     assert coders[0].get_bytes() == coders[1].get_bytes()
     other.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (
-        tmp_path / "model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_fingerprint_sees_what_decoding_depends_on() -> None:
@@ -243,9 +239,7 @@ def test_t0_follows_its_table() -> None:
 
 def test_three_stages() -> None:
     torch.manual_seed(0)
-    config = CompressorConfig(
-        **{**vars(TINY), "stages": 3, "latent_channels": 16, "factor": 8, "y_channels": 8}
-    )
+    config = CompressorConfig(**{**vars(TINY), "stages": 3, "latent_channels": 16, "factor": 8, "y_channels": 8})
     model = LatentCompressor(config).eval()
     model.update()
     assert config.multiple == 16

@@ -13,22 +13,18 @@ import torch
 
 from slimlib import evaluation
 from slimlib.codec import SlimCodec
+from slimlib.deltas import NoOverlap, accuracy_at, bd_accuracy, bd_rate, frontier
 from slimlib.evaluation import (
     Ceiling,
     Classic,
-    NoOverlap,
     Row,
     SceneResult,
     Setting,
     Slim,
     Store,
-    accuracy_at,
     as_text,
-    bd_accuracy,
-    bd_rate,
     compare,
     evaluate,
-    frontier,
     interval,
     load_rows,
     measure_times,

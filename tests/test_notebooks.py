@@ -29,15 +29,17 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/01_keep_a_share": {"n_scenes": 24, "shares": [0.0, 0.1, 0.2, 1.0]},
     "02_latent_compression": {"n_scenes": 6, "n_fit": 16, "n_sweep": 5, "qualities": [0.5, 1.0]},
     "solutions/02_adaptive_counts": {"n_scenes": 3, "n_fit": 8},
-    "03_roi_captioning": {
-        "n_captioned": 31, "n_drawn": 8, "draw_steps": 4, "n_decoded": 6, "noise_levels": [100, 500]
-    },
+    "03_roi_captioning": {"n_captioned": 31, "n_drawn": 8, "draw_steps": 4, "n_decoded": 6, "noise_levels": [100, 500]},
     "solutions/03_learning_a_prior": {"n_train": 124, "n_test": 31},
     "04_diffusion_enhancement": {"n_scenes": 4, "noise_levels": [100, 600], "steps_tried": [1, 4]},
     "solutions/04_many_seeds": {"n_scenes": 4, "n_seeds": 4},
     "05_stage1_training": {"n_train": 32, "n_test": 24, "train_steps": 16, "batch": 8},
     "solutions/05_background_weight": {
-        "n_train": 24, "n_test": 16, "train_steps": 8, "batch": 8, "background_weights": [0.02, 1.0]
+        "n_train": 24,
+        "n_test": 16,
+        "train_steps": 8,
+        "batch": 8,
+        "background_weights": [0.02, 1.0],
     },
     "10_pocket_scenes": {"size": 64},
     "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
@@ -251,9 +253,7 @@ def test_cleaning_keeps_what_was_said_and_drops_what_was_noise() -> None:
             figure,
         ],
     )
-    notebook = new_notebook(
-        cells=[cell], metadata={"widgets": {"state": {}}, "papermill": {"input_path": "somewhere"}}
-    )
+    notebook = new_notebook(cells=[cell], metadata={"widgets": {"state": {}}, "papermill": {"input_path": "somewhere"}})
     clean_notebook(notebook)
     nbformat.validate(notebook)
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
