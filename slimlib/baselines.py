@@ -2,9 +2,7 @@
 
 Classic codecs come as fair as we can make them: at any quality, or the file nearest to a budget. At 128 px
 headers weigh: a JPEG spends some 290 bytes on them, more than half of its smallest file. So results are shown
-twice, for whole files and for `payload_bytes`, which is generous: a decoder needs the headers too. (JPEG XL, which
-needs a package of its own, was tried with pillow-jxl-plugin 1.3.8: at these sizes its files are 10 to 25% smaller than
-WebP's at the best, larger at both ends of the range, and AVIF's payload is half as large. It is left out.)
+twice, for whole files and for `payload_bytes`, which is generous: a decoder needs the headers too.
 
 The learned baseline is a hyperprior on pixels (`PixelCodec`): SLIM's own compressor, fed with pixels in place of
 latents, without VAE, UNet, captions or region of interest. Train it with
@@ -15,7 +13,6 @@ latents, without VAE, UNet, captions or region of interest. Train it with
 
 from __future__ import annotations
 
-import argparse
 import functools
 import io
 import math
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
 import torch
 import torch.nn.functional as F
 from PIL import Image, features
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
     from .pretrain import Recipe, Run
     from .training import Stage1Config
 
-CODECS = ("jpeg", "webp", "avif", "jpeg2000")
+CODECS = ("jpeg", "webp", "avif", "jpegxl", "jpeg2000")
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 """Sizes that `nearest_size` tries when it may downscale."""
 
@@ -69,6 +67,8 @@ def encode_classic(image: Image.Image, codec: str, quality: int) -> bytes:
         image.save(file, "WEBP", quality=quality, method=6)
     elif codec == "avif":
         image.save(file, "AVIF", quality=quality, speed=4, max_threads=1)
+    elif codec == "jpegxl":  # a bare codestream; its highest quality is a lossless mode that this encoder refuses
+        image.save(file, "JXL", quality=min(99, quality), effort=9, num_threads=1)
     else:  # a bare codestream, without the boxes of a .jp2 file
         layers = [15 + 0.35 * quality]
         image.save(file, "JPEG2000", no_jp2=True, irreversible=True, quality_mode="dB", quality_layers=layers)
@@ -119,13 +119,14 @@ def payload_bytes(data: bytes, codec: str) -> int:
     """Bytes of a file that hold the picture itself: no headers, no tables, no container.
 
     JPEG: the entropy-coded scans. WebP: the VP8 chunk. AVIF: the `mdat` box. JPEG 2000: the tile-parts' data.
+    JPEG XL: all but the two bytes of its signature; what else it says ahead of the picture takes a few bits.
 
     Raises:
         ValueError: the bytes are no file of that codec.
     """
     _check(codec)
     try:
-        return {"jpeg": _jpeg, "webp": _webp, "avif": _avif, "jpeg2000": _jpeg2000}[codec](data)
+        return {"jpeg": _jpeg, "webp": _webp, "avif": _avif, "jpegxl": _jpegxl, "jpeg2000": _jpeg2000}[codec](data)
     except (IndexError, _NotOne) as error:
         raise ValueError(f"these bytes are no {codec} file, or it is cut") from error
 
@@ -138,7 +139,7 @@ def _check(codec: str) -> None:
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
     name = {"jpeg": "jpg", "jpeg2000": "jpg_2000"}.get(codec, codec)
-    if not features.check(name):
+    if codec != "jpegxl" and not features.check(name):
         raise ValueError(f"this Pillow was built without {codec}; install the wheel from PyPI")
 
 
@@ -204,6 +205,15 @@ def _whole(data: bytes, start: int, size: int) -> int:
     if start + size > len(data):
         raise _NotOne
     return size
+
+
+def _jpegxl(data: bytes) -> int:
+    """The stream does not say how long it is: only decoding shows that nothing is missing."""
+    try:
+        Image.open(io.BytesIO(data), formats=["JXL"]).load()
+    except Exception as error:  # the plugin's errors are of many kinds
+        raise _NotOne from error
+    return len(data) - 2
 
 
 def _jpeg2000(data: bytes) -> int:
@@ -469,27 +479,15 @@ def main(arguments: list[str] | None = None) -> None:
     from .pretrain import Run
     from .training import Stage1Config, Stage2Config
 
-    parser = argparse.ArgumentParser(
-        prog="python -m slimlib.baselines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = repro.training_parser("slimlib.baselines", __doc__)
     parser.add_argument("task", choices=["mse", "task"], help="what to train")
     parser.add_argument("--out", type=Path, default=ASSETS / "pocket", help="folder of the models")
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="checkpoints and caches (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: as many as SLIM's stage)")
     parser.add_argument("--batch", type=int, help="scenes a step (default: as many as SLIM's stage)")
     parser.add_argument("--pool", type=int, default=16_368, help="training scenes (default: %(default)s)")
     parser.add_argument("--ce", type=float, default=Stage2Config.b, help="weight of the cross-entropy (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the best at hand)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     a = parser.parse_args(arguments)
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    repro.quiet_libraries()
-    repro.seed_everything(a.seed)
-    device = repro.pick_device(a.device)
+    device = repro.begin(a)
     batch = a.batch or (Stage1Config if a.task == "mse" else Stage2Config).batch
     run = Run(a.out, a.work, a.steps, batch, a.seed, a.resume, False, device, a.pool, not a.quiet)
     if a.task == "mse":

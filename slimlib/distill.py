@@ -41,11 +41,10 @@ from slimlib.machines import to_tensor
 from slimlib.repro import (
     atomic_folder,
     autocast,
+    begin,
     load_state,
-    pick_device,
-    quiet_libraries,
     save_state,
-    seed_everything,
+    training_parser,
     write_card,
 )
 from slimlib.scales import ASSETS
@@ -349,11 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = _parse(arguments)
     given = {k: v for k, v in vars(a).items() if k in DistillConfig.__dataclass_fields__ and v is not None}
     config = DistillConfig(**given)
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    quiet_libraries()
-    seed_everything(config.seed)
-    device = pick_device(a.device)
+    device = begin(a)
     ldm = LatentDiffusion.from_pretrained(a.models / "ldm", "fp16", device)
     compressor = LatentCompressor.from_pretrained(a.models / "compressor", device)
     # Everything that the work depends on names its folder: nothing of other weights or settings is ever resumed.
@@ -431,14 +426,10 @@ def _publish(a: argparse.Namespace, config: DistillConfig, trained: dict, second
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = DistillConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m slimlib.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = training_parser("slimlib.distill", __doc__)
     option = parser.add_argument
     option("--out", type=Path, default=FOLDER, help="folder of the result (default: %(default)s)")
     option("--models", type=Path, default=ASSETS / "pocket", help="folder of ldm/ and compressor/ (%(default)s)")
-    option("--work", type=Path, default=Path("runs"), help="walks and checkpoints (default: %(default)s)")
-    option("--resume", action="store_true", help="go on from the walks and the checkpoint of the same settings")
     option("--steps", type=int, help=f"optimiser steps (default: {default.steps})")
     option("--batch", type=int, help=f"points of walks a step (default: {default.batch})")
     option("--lr", type=float, help=f"peak of the rate (default: {default.lr:g})")
@@ -446,11 +437,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--walks", type=int, help=f"walks of the teacher (default: {default.walks})")
     option("--teacher-steps", type=int, help=f"DDIM steps of a walk (default: {default.teacher_steps})")
     option("--t-high", type=int, help=f"highest time that a walk starts from (default: {default.t_high})")
-    option("--seed", type=int, help="of every draw (default: 0)")
     option("--test-scenes", type=int, default=31, help="test scenes measured for the card (default: %(default)s)")
-    option("--device", help="cpu, cuda, ... (default: the best at hand)")
-    option("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    option("--quiet", action="store_true", help="no progress bars")
     a = parser.parse_args(arguments)
     a.words = sys.argv[1:] if arguments is None else list(arguments)
     return a

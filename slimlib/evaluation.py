@@ -463,7 +463,7 @@ class Pixels:
             yield setting, to_tensor(pictures), costs
 
 
-CLASSIC_NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jpeg2000": "JPEG 2000"}
+CLASSIC_NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jpegxl": "JPEG XL", "jpeg2000": "JPEG 2000"}
 CLASSIC_QUALITIES = (1, 20, 40, 60, 80)
 CLASSIC_SCALES = {"": 1.0, "1/2": 0.5, "1/4": 0.25}
 

@@ -26,13 +26,14 @@ COLOURS = {
     "JPEG": "#d55e00",
     "WebP": "#e69f00",
     "AVIF": "#a6761d",
+    "JPEG XL": "#c51b7d",
     "JPEG 2000": "#b2182b",
     "best classic, payload": "#7f3b08",
     "uncompressed": "#595959",
 }
 """One colour for each method, in every figure."""
 
-CLASSIC = {"JPEG", "WebP", "AVIF", "JPEG 2000", "best classic, payload"}
+CLASSIC = {"JPEG", "WebP", "AVIF", "JPEG XL", "JPEG 2000", "best classic, payload"}
 PART_COLOURS = {
     "header": "#595959",
     "caption": "#cc79a7",

@@ -14,7 +14,6 @@ starts from the weights that lie in --out: shipped models can be trained on, on 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -983,31 +982,20 @@ IN_ALL = ("machines", "vae", "decoder", "ldm", "captioner", "compressor")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m slimlib.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = repro.training_parser("slimlib.pretrain", __doc__)
     parser.add_argument("task", choices=[*TASKS, "all"], help="what to train")
     parser.add_argument(
         "--out", type=Path, default=ASSETS / "pocket", help="folder of the models (default: %(default)s)"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="checkpoints and caches (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="examples a step (default: the recipe's)")
     parser.add_argument(
         "--pool", type=int, default=16_368, help="number of composed training scenes (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--warm", action="store_true", help="start from the weights in --out, not from scratch")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the best at hand)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     a = parser.parse_args(arguments)
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    repro.quiet_libraries()
     for task in IN_ALL if a.task == "all" else (a.task,):
-        repro.seed_everything(a.seed)
+        device = repro.begin(a)  # each starts from the same seed, alone or in a row
         TASKS[task](
             Run(
                 out=a.out,
@@ -1017,7 +1005,7 @@ def main(arguments: list[str] | None = None) -> None:
                 seed=a.seed,
                 resume=a.resume,
                 warm=a.warm,
-                device=repro.pick_device(a.device),
+                device=device,
                 pool=a.pool,
                 progress=not a.quiet,
             )

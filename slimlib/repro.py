@@ -1,4 +1,4 @@
-"""Reproducibility and safety: seeds, devices, atomic files, resumable state, model cards.
+"""Reproducibility and safety: seeds, devices, atomic files, resumable state, model cards, shared options.
 
 Nothing here is pickled. A training state is a safetensors file whose metadata holds JSON, written beside its
 final name and moved into place, so that a killed run or a full disk leaves the previous state intact.
@@ -6,6 +6,7 @@ final name and moved into place, so that a killed run or a full disk leaves the 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -192,6 +193,33 @@ def write_card(folder: str | Path, title: str, about: str, training: dict, figur
     atomic_write(Path(folder) / "README.md", text.encode())
     card = {"title": title, "about": about, "training": training, "figures": figures, "source": source}
     atomic_write(Path(folder) / "card.json", (json.dumps(card, indent=1) + "\n").encode())
+
+
+def training_parser(module: str, about: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a training command, `python -m module`, with the options that all of them have; then `begin`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=about,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--work", type=Path, default=Path("runs"), help="checkpoints, logs and caches (default: %(default)s)")
+    option("--resume", action="store_true", help="go on from the last checkpoint of the same settings")
+    option("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
+    option("--device", help="cpu, cuda, ... (default: the best at hand)")
+    option("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    option("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def begin(options: argparse.Namespace) -> torch.device:
+    """Set threads and seed as the options of `training_parser` say; returns the device."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    quiet_libraries()
+    seed_everything(options.seed)
+    return pick_device(options.device)
 
 
 def quiet_libraries() -> None:

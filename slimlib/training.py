@@ -45,13 +45,13 @@ from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.repro import (
     atomic_folder,
     autocast,
+    begin,
     describe_device,
     load_state,
     pack_training,
     pick_device,
-    quiet_libraries,
     save_state,
-    seed_everything,
+    training_parser,
     unpack_training,
     write_card,
 )
@@ -728,11 +728,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     a = _parse(arguments)
     config = _config(a)
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    quiet_libraries()
-    seed_everything(a.seed)
-    work, device = a.work / "training" / a.out.name, pick_device(a.device)
+    work, device = a.work / "training" / a.out.name, begin(a)
     run = Run(
         out=a.models,
         work=a.work,
@@ -843,12 +839,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from slimlib.scales import ASSETS
 
     pocket = ASSETS / "pocket"
-    parser = argparse.ArgumentParser(
-        prog="python -m slimlib.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Several processes: torchrun --standalone --nproc_per_node N -m slimlib.training ...",
-    )
+    several = "Several processes: torchrun --standalone --nproc_per_node N -m slimlib.training ..."
+    parser = training_parser("slimlib.training", __doc__, several)
     option = parser.add_argument
     option("--stage", type=int, choices=(1, 2), required=True, help="what to train")
     option("--out", type=Path, required=True, help="folder of the result, such as runs/compressor_stage2")
@@ -860,8 +852,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     option("--warm", action="store_true", help="stage 1 starts from --start, too, not from random weights")
     option("--models", type=Path, default=pocket, help="folder of ldm/ and the machines (default: %(default)s)")
-    option("--work", type=Path, default=Path("runs"), help="checkpoints, logs and caches (default: %(default)s)")
-    option("--resume", action="store_true", help="go on from the last checkpoint of the same --out")
     option("--steps", type=int, help=f"optimiser steps (default: {Stage1Config.steps}, {Stage2Config.steps})")
     option("--batch", type=int, help=f"scenes a step (default: {Stage1Config.batch}, {Stage2Config.batch})")
     option("--lr", type=float, help=f"peak of the rate (default: {Stage1Config.lr:g}, {Stage2Config.lr:g})")
@@ -872,14 +862,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--b", type=float, help=f"stage 2: weight of the task term (default: {Stage2Config.b})")
     option("--task", choices=("ce", "features"), help="stage 2: cross-entropy, or features of machine A (default: ce)")
     option("--lora", type=int, metavar="RANK", help="stage 2: train adapters on the UNet along (default: none)")
-    option("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
     option("--max-seconds", type=float, help="stop after this time with a checkpoint; --resume goes on")
     option("--save-every", type=int, help="steps between checkpoints")
     option("--pool", type=int, default=16_368, help="number of composed training scenes (default: %(default)s)")
     option("--test-scenes", type=int, default=248, help="test pictures that are decoded for the card (%(default)s)")
-    option("--device", help="cpu, cuda, ... (default: the best at hand)")
-    option("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    option("--quiet", action="store_true", help="no progress bars")
     a = parser.parse_args(arguments)
     a.words = sys.argv[1:] if arguments is None else list(arguments)
     return a
