@@ -84,9 +84,7 @@ class CompressorConfig:
     symbol_bound: int = 63
     gain_min: float = 0.2
     gain_max: float = 3.0
-    t0_table: list[list[float]] = field(
-        default_factory=lambda: [[0.0, 700], [0.3, 500], [0.5, 300], [0.75, 50], [1.0, 20]]
-    )
+    t0_table: list[list[float]] = field(default_factory=lambda: [[0.0, 600], [0.3, 300], [0.5, 50], [1.0, 10]])
     steps: int = 4
     guidance: float = 3.0
 

