@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 FINDER := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install tutorial lab notebooks reproduce test lint types clean
+.PHONY: help install tutorial lab explorer notebooks reproduce test lint types clean
 
 help: ## list these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ tutorial: $(STAMP) ## execute the numbered notebooks in order, into runs/<date>_
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab $(LAB_FLAGS) notebooks
+
+explorer: $(STAMP) ## open the bitrate explorer as a web page on this machine
+	$(PY) -m slimlib.explorer $(ARGS)
 
 notebooks: $(STAMP) ## execute the notebooks and write them back with their outputs, ready to commit
 	$(PY) -m slimlib.tutorial --write $(ONLY)
