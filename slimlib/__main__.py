@@ -3,6 +3,7 @@
 python -m slimlib compress photo.png photo.slim --quality 0.5
 python -m slimlib inspect photo.slim
 python -m slimlib decompress photo.slim photo-back.png
+python -m slimlib doctor --scale paper
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ examples:
   python -m slimlib inspect photo.slim
   python -m slimlib decompress photo.slim photo.png
   python -m slimlib decompress photo.slim plain.png --steps 0     (before the diffusion model)
+  python -m slimlib doctor --scale paper
 
 exit status: 0 done, 1 failed (the reason is on stderr), 2 wrong usage
 """
@@ -38,7 +40,12 @@ class Failure(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["doctor"]:  # has options of its own, and imports everything
+        from slimlib.doctor import main as doctor
+
+        return doctor(words[1:])
+    options = _parser().parse_args(words)
     try:
         return options.run(options)
     except Failure as failure:
@@ -106,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="compress | decompress | inspect")
+    commands = parser.add_subparsers(required=True, metavar="compress | decompress | inspect | doctor")
 
     one = commands.add_parser("compress", help="picture to .slim", description="Compress a picture to a .slim file.")
     one.add_argument("picture", type=Path, help="anything Pillow opens")
@@ -131,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     three = commands.add_parser("inspect", help="who spent what", description="Show what a .slim file holds.")
     three.add_argument("stream", type=Path, help="a .slim file")
     three.set_defaults(run=inspect)
+
+    commands.add_parser("doctor", help="is everything there, and what it should be?", add_help=False)
 
     for command in (one, two, three):
         command.add_argument(

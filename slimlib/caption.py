@@ -24,6 +24,7 @@ from transformers import AutoProcessor, BlipForConditionalGeneration
 
 from slimlib.entropy import RangeDecoder, RangeEncoder
 from slimlib.repro import atomic_write, pick_device, quiet_libraries
+from slimlib.scales import hub_error, split_revision
 from slimlib.stream import StreamError
 
 MAX_CHARACTERS = 200
@@ -42,27 +43,34 @@ class Captioner:
     def from_pretrained(
         cls, name: str | Path, variant: str | None = None, device: torch.device | str | None = None
     ) -> Captioner:
-        """Load from a folder (never touching the network) or from a model hub.
+        """Load from a folder (never touching the network) or from a model hub ("owner/name@revision").
 
         Raises:
             FileNotFoundError: the folder does not exist.
+            OSError: the hub does not give it; says why and what to do.
             ValueError: weights and architecture do not fit each other.
         """
         quiet_libraries()
         local = Path(name).is_dir()
         if not local and (isinstance(name, Path) or str(name).startswith((".", "/", "~"))):
             raise FileNotFoundError(f"no captioner at {name}: the folder does not exist")
-        model, info = BlipForConditionalGeneration.from_pretrained(
-            str(name),
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=local,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        folder, revision = split_revision(name)
+        where: dict[str, Any] = {"local_files_only": local, "revision": revision or "main"}
+        try:
+            model, info = BlipForConditionalGeneration.from_pretrained(
+                folder,
+                variant=variant,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **where,
+            )
+            processor = AutoProcessor.from_pretrained(folder, **where)
+        except OSError as error:
+            raise error if local else hub_error(str(name), error) from error
         if info["missing_keys"] or info["mismatched_keys"]:
             raise ValueError(f"{name}: weights are missing or of another shape: {info}; is this a BLIP captioner?")
-        return cls(model, AutoProcessor.from_pretrained(str(name), local_files_only=local), device)
+        return cls(model, processor, device)
 
     @torch.no_grad()
     def caption(self, images: Sequence[Image.Image], max_tokens: int = 20) -> list[str]:

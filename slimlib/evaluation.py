@@ -547,7 +547,7 @@ def evaluate(
     store: Store | None = None,
     progress: bool = True,
     make_batch: Callable[[list[int]], Batch] = Batch,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
 ) -> dict[Setting, list[SceneResult]]:
     """Run methods over the first scenes of the test split, or of another data set.
 
@@ -556,7 +556,7 @@ def evaluate(
         machines: A and B.
         store: keeps results as they come and knows those of earlier runs; None for neither.
         make_batch: makes a batch of scenes from their indices; of the test split at 128 px if not given.
-        batch_size: scenes that go through the networks together, and after which results are stored.
+        batch_size: scenes that go through the networks together, and are then stored; BATCH if not given.
 
     Returns:
         For each setting the results in the order of the scenes.
@@ -564,10 +564,11 @@ def evaluate(
     known = {(m.name, s): (store.read(m, s) if store else {}) for m, _ in jobs for s in m.settings()}
     most = max(count for _, count in jobs)
     bar = tqdm(total=sum(n * len(m.settings()) for m, n in jobs), unit="picture", disable=not progress, mininterval=5)
-    for first in range(0, most, batch_size):
+    together = batch_size or BATCH
+    for first in range(0, most, together):
         batch: Batch | None = None
         for method, count in jobs:
-            indices = list(range(first, min(first + batch_size, count)))
+            indices = list(range(first, min(first + together, count)))
             wanted = [s for s in method.settings() if any(i not in known[method.name, s] for i in indices)]
             bar.update(len(indices) * (len(method.settings()) - len(wanted)))
             if not indices or not wanted:

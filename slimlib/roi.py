@@ -6,13 +6,18 @@ training, and the encoder cuts the crop that is captioned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from PIL import Image
 from torch import Tensor, nn
 
-from slimlib.machines import Machine
+from slimlib.machines import Machine, to_images
+from slimlib.repro import pick_device
+from slimlib.scales import hub_error, split_revision
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom just outside, as Pillow has it."""
@@ -40,6 +45,45 @@ def gradcam(machine: Machine, x: Tensor, label: int | Tensor | None = None, laye
     cam = F.interpolate(cam.detach(), x.shape[2:], mode="bilinear", align_corners=False)  # (B, 1, H, W)
     peak = cam.amax(dim=(2, 3), keepdim=True)
     return torch.where(peak > 0, cam / peak.clamp_min(torch.finfo(cam.dtype).tiny), 0).clamp(0, 1)
+
+
+class ClipSeg:
+    """What in a picture fits a text: CLIPSeg (arXiv 2112.10003), frozen. Needs no classifier, but words."""
+
+    def __init__(self, name: str | Path, device: torch.device | str | None = None) -> None:
+        """Load from a folder or from the hub, such as "CIDAS/clipseg-rd64-refined".
+
+        Raises:
+            OSError: the hub does not give it; says why and what to do.
+            ValueError: weights are missing.
+        """
+        from transformers import AutoProcessor, CLIPSegForImageSegmentation
+
+        local, (folder, revision) = Path(name).is_dir(), split_revision(name)
+        where: dict = {"local_files_only": local, "revision": revision or "main"}
+        try:
+            self.processor = AutoProcessor.from_pretrained(folder, **where)
+            self.model, info = CLIPSegForImageSegmentation.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where
+            )
+        except OSError as error:
+            raise error if local else hub_error(str(name), error) from error
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ValueError(f"{name}: weights are missing or of another shape: {info}; is this CLIPSeg?")
+        self.device = pick_device(device)
+        self.model = self.model.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, texts: Sequence[str]) -> Tensor:
+        """Maps (B, 1, H, W) in [0, 1] of pictures (B, 3, H, W) in [0, 1], one text each."""
+        inputs = self.processor(text=list(texts), images=to_images(x), padding=True, return_tensors="pt")
+        logits = self.model(**inputs.to(self.device)).logits.reshape(len(x), 1, *self._grid(inputs))
+        return F.interpolate(logits.sigmoid(), x.shape[2:], mode="bilinear", antialias=True)
+
+    @staticmethod
+    def _grid(inputs: dict) -> tuple[int, int]:
+        """The network answers at the size that it looks at; it drops the batch's dimension where that is one."""
+        return tuple(inputs["pixel_values"].shape[-2:])  # type: ignore[return-value]
 
 
 def roi_box(cam: Tensor, share: float = 0.97) -> Box:

@@ -125,8 +125,9 @@ def hub_error(name: str, error: Exception) -> OSError:
         )
     else:
         why = "there is nothing of that name or revision that you may see: it was withdrawn, renamed, or is private"
-    mirror = f" A mirror: {MIRRORS[head]}." if head in MIRRORS else ""
+    mirror, said = MIRRORS.get(head), " ".join(str(error).split())[:300]
     return OSError(
-        f"cannot get {name} from the hub: {why}.{mirror} A folder does as well: `hf download {head} --local-dir "
-        f"FOLDER` on any machine, then name FOLDER instead. (The library said: {' '.join(str(error).split())[:300]})"
+        f"cannot get {name} from the hub: {why}.{f' A mirror: {mirror}.' if mirror else ''} A folder does as well: "
+        f"`hf download {mirror or head} --local-dir FOLDER` on any machine, then name FOLDER instead. "
+        f"(The library said: {said})"
     )

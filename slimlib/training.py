@@ -20,6 +20,7 @@ image, so that lambda means the same for every image and for uniform weights (w_
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import math
@@ -29,7 +30,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
 
 KNOT_SPEED = 5  # the knots over quality learn this much faster than the weights
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
+NEWER = {"accumulate": 1, "ema": 0.0, "checkpointing": False}
+"""Settings that older checkpoints do not name, and what they were trained with."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 LossOf = Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]
@@ -75,14 +78,17 @@ class Stage1Config:
     """Settings of stage 1. Unknown keys are refused.
 
     Attributes:
-        steps, batch: optimiser steps, latents in each (and on each process).
+        steps, batch: optimiser steps; latents that go through the networks together.
+        accumulate: batches whose gradients make one step, on each process. A step sees batch * accumulate * processes
+            latents, and the same ones whichever way that product comes about.
+        ema: decay of the moving average of the weights that becomes the result; 0 for the last weights themselves.
         lr, warmup: peak of the cosine rate (AdamW), steps until it.
         w_bg: weight of the error outside the region of interest; 1 is the uniform comparison.
         lambda_min, lambda_max: weight of the error at quality 0 and 1.
         beta: weight of the auxiliary head that learns to see the region of interest.
         clip: largest norm of the gradient.
         save_every, log_every: steps between checkpoints, between lines of the log.
-        seed: every draw is a function of (seed, step, process).
+        seed: every draw is a function of (seed, step, number of the batch in the step).
     """
 
     steps: int = 8000
@@ -97,6 +103,8 @@ class Stage1Config:
     save_every: int = 500
     log_every: int = 20
     seed: int = 0
+    accumulate: int = 1
+    ema: float = 0.0
 
     @classmethod
     def from_dict(cls, values: dict) -> Stage1Config:
@@ -121,6 +129,7 @@ class Stage2Config(Stage1Config):
             features (those Grad-CAM looks at) against those of the original picture.
         drop_caption: share of the items that are shown to the UNet without caption.
         lora: rank of the adapters on the UNet's attention that are trained along; 0 for none.
+        checkpointing: keep little of UNet and VAE decoder for the way back, and compute it again: less memory.
     """
 
     steps: int = 1200
@@ -135,6 +144,7 @@ class Stage2Config(Stage1Config):
     task: str = "ce"
     drop_caption: float = 0.1
     lora: int = 0
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in ("ce", "features"):
@@ -159,7 +169,8 @@ def fit(
     """The training loop of both stages: AdamW, cosine rate, checkpoints, a log; resumes exactly.
 
     Args:
-        modules: what is trained and stored in the checkpoint; "compressor" is what `loss_of` is called with.
+        modules: what is trained and stored in the checkpoint; "compressor" is what `loss_of` is called with, "average",
+            where there is one, the moving average of its weights.
         groups: parameter groups; "speed" multiplies a group's rate.
         settings: stored in the checkpoint, and compared when resuming.
     """
@@ -173,20 +184,28 @@ def fit(
     network, stepper = accelerator.prepare(modules["compressor"], optimizer)
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not (progress and main))
     for step in bar:
-        torch.manual_seed(_step_seed(config.seed, step, accelerator.process_index))
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["speed"]
-        loss, parts = loss_of(network)
         stepper.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+        shown: dict[str, Tensor] = {}
+        for turn in range(config.accumulate):
+            number = accelerator.process_index * config.accumulate + turn
+            torch.manual_seed(_step_seed(config.seed, step, number))
+            last = turn + 1 == config.accumulate
+            with nullcontext() if last else accelerator.no_sync(network):
+                loss, parts = loss_of(network)
+                accelerator.backward(loss / config.accumulate)
+            for name, value in {"loss": loss, **parts}.items():
+                shown[name] = shown.get(name, 0) + value.detach() / config.accumulate
         norm = accelerator.clip_grad_norm_(parameters, config.clip)
         if bool(norm.isfinite()):  # one bad batch must not end a long run
             stepper.step()
+            if "average" in modules:
+                _follow(modules["average"], modules["compressor"], config.ema)
 
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            shown = {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
             means = accelerator.reduce(shown, "mean")
             if log:
                 log.write(done, {**means, "rate": rate})
@@ -198,6 +217,21 @@ def fit(
         if out_of_time:
             break
     accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move a moving average towards the model: its weights a little, its constants all the way."""
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
+        mean.copy_(value)
+
+
+def _with_average(config: Stage1Config, model: LatentCompressor) -> dict[str, nn.Module]:
+    """What `fit` trains: the compressor, and where the config asks for one its moving average."""
+    average = {"average": copy.deepcopy(model).requires_grad_(False)} if config.ema else {}
+    return {"compressor": model, **average}
 
 
 def learning_rate(step: int, config: Stage1Config) -> float:
@@ -270,8 +304,9 @@ def train_stage1(
     settings = {"stage1": asdict(config), "compressor": asdict(model.config)}
     groups = parameter_groups(model)
     limits = (resume, progress, max_seconds)
-    fit(config, {"compressor": model}, groups, loss_of, Path(out_folder), settings, accelerator, *limits)
-    return _finish(model, Path(out_folder), accelerator)
+    modules = _with_average(config, model)
+    fit(config, modules, groups, loss_of, Path(out_folder), settings, accelerator, *limits)
+    return _finish(modules, Path(out_folder), accelerator)
 
 
 def stage1_loss(
@@ -365,9 +400,13 @@ def train_stage2(
         raise ValueError(f"Latents {latents.shape} and masks {pool.masks.shape} do not belong together.")
     accelerator, device = _accelerator(device)
     out_folder, factor = Path(out_folder), compressor.config.factor
-    model, ldm, machine = compressor.to(device).train(), make_trainable(ldm.to(device)), machine.to(device)
+    model, ldm, machine = (
+        compressor.to(device).train(),
+        make_trainable(ldm.to(device), config.checkpointing),
+        machine.to(device),
+    )
     torch.manual_seed(config.seed)
-    modules, groups = {"compressor": model}, parameter_groups(model)
+    modules, groups = _with_average(config, model), parameter_groups(model)
     if config.lora:
         adapters = add_lora(ldm, config.lora)
         modules["lora"] = adapters
@@ -398,7 +437,7 @@ def train_stage2(
         ldm.unet = accelerator.unwrap_model(ldm.unet)
         if accelerator.is_main_process:
             ldm.unet.save_lora_adapter(out_folder / "unet_lora", adapter_name="slim", weight_name=LORA_FILE)
-    return _finish(model, out_folder, accelerator)
+    return _finish(modules, out_folder, accelerator)
 
 
 def decode_once(
@@ -515,12 +554,17 @@ def start_times(config: CompressorConfig, quality: Tensor) -> Tensor:
     return torch.tensor([config.t0(q) for q in quality.tolist()], device=quality.device)
 
 
-def make_trainable(ldm: LatentDiffusion) -> LatentDiffusion:
-    """Lay the frozen networks out for gradients to pass through them fast. In place; their results stay the same."""
+def make_trainable(ldm: LatentDiffusion, checkpointing: bool = False) -> LatentDiffusion:
+    """Lay the frozen networks out for gradients to pass through them fast, or (checkpointing) with little memory.
+
+    In place; their results stay the same.
+    """
     from slimlib.ldm import lay_out_for_training
 
     lay_out_for_training(ldm.unet)
     ldm.vae.to(memory_format=torch.channels_last)
+    for network in (ldm.unet, ldm.vae):
+        (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()
     return ldm
 
 
@@ -682,7 +726,11 @@ def _any(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
 
 
-def _finish(model: LatentCompressor, out_folder: Path, accelerator: Accelerator) -> LatentCompressor:
+def _finish(modules: dict[str, nn.Module], out_folder: Path, accelerator: Accelerator) -> LatentCompressor:
+    model = modules["compressor"]
+    assert isinstance(model, LatentCompressor)
+    if "average" in modules:
+        model.load_state_dict(modules["average"].state_dict())
     model.eval()
     if accelerator.is_main_process:
         model.save_pretrained(out_folder)
@@ -701,8 +749,8 @@ def _pick(latents: np.ndarray, masks: np.ndarray, index: list[int], device: torc
     return z.to(device), masks_to_float(np.stack([masks[i] for i in index])).to(device)
 
 
-def _step_seed(seed: int, step: int, process: int = 0) -> int:
-    return (seed * 1_000_003 + step + 1 + process * 1_000_000_007) % 2**63
+def _step_seed(seed: int, step: int, number: int = 0) -> int:
+    return (seed * 1_000_003 + step + 1 + number * 1_000_000_007) % 2**63
 
 
 def _load_checkpoint(
@@ -714,7 +762,7 @@ def _load_checkpoint(
         f"{part}.{key}: {saved.get(part, {}).get(key)} there, {value} asked for"
         for part, values in settings.items()
         for key, value in values.items()
-        if saved.get(part, {}).get(key) != value
+        if saved.get(part, {}).get(key, NEWER.get(key)) != value
     ]
     if differing:
         raise ValueError(f"{path} was trained with other settings ({'; '.join(differing)}). Use another folder.")
@@ -759,6 +807,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     a = _parse(arguments)
     config = _config(a)
+    if a.cache:
+        return _train_on_cache(a, config)
     work, device = a.work / "training" / a.out.name, begin(a)
     run = Run(
         out=a.models,
@@ -792,6 +842,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _publish(a, config, model, ldm, run, len(pool), time.monotonic() - start)
 
 
+def _train_on_cache(a: argparse.Namespace, config: Stage1Config) -> None:
+    """Train at any scale on what `slimlib.preprocess` has cached; weights and caption prior go to --out."""
+    from slimlib.ldm import LatentDiffusion
+    from slimlib.machines import load_machine
+    from slimlib.paper import COMPRESSOR
+    from slimlib.preprocess import Cache
+    from slimlib.scales import Scale
+
+    cache, scale, work, device = (
+        Cache.open(a.cache),
+        Scale.from_name(a.scale),
+        a.work / "training" / a.out.name,
+        begin(a),
+    )
+    limits: dict[str, Any] = {
+        "resume": a.resume,
+        "progress": not a.quiet,
+        "max_seconds": a.max_seconds,
+        "device": a.device,
+    }
+    if isinstance(config, Stage2Config):
+        ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)
+        if ldm.latent_channels != cache.latents.shape[1]:
+            raise SystemExit(f"{a.cache} holds latents of {cache.latents.shape[1]} channels, not those of {scale.ldm}")
+        machine, model = load_machine(scale.machine_a, device), LatentCompressor.from_pretrained(a.start, device)
+        train_stage2(config, cache.latents, cache.pool, ldm, machine, work, model, **limits)
+    else:
+        start = LatentCompressor.from_pretrained(a.start, device) if a.warm else COMPRESSOR
+        model = train_stage1(config, cache.latents, cache.pool.masks[:, None], work, start, **limits)
+    done = load_state(work / "checkpoint.safetensors")[1]["step"]
+    if Accelerator().is_main_process and done == config.steps:
+        with atomic_folder(a.out) as folder:
+            model.save_pretrained(folder)
+            cache.save_prior(folder)
+            if (work / "unet_lora").is_dir():
+                shutil.copytree(work / "unet_lora", folder / "unet_lora")
+
+
 def _config(a: argparse.Namespace) -> Stage1Config:
     """The stage's defaults, what the start was trained with, and what the command line says, the last one first."""
     kind = Stage2Config if a.stage == 2 else Stage1Config
@@ -802,7 +890,9 @@ def _config(a: argparse.Namespace) -> Stage1Config:
         training = json.loads(card.read_text())["training"]
         values |= {name: training[name] for name in ("w_bg", "lambda_min", "lambda_max") if name in training}
     given = {name: value for name, value in vars(a).items() if value is not None}
-    foreign = [name for name in ("a", "b", "view", "task", "lora") if name in given and name not in known]
+    foreign = [
+        name for name in ("a", "b", "view", "task", "lora", "checkpointing") if name in given and name not in known
+    ]
     if foreign:
         raise SystemExit(f"stage {a.stage} has no {', '.join('--' + name for name in foreign)}")
     return kind.from_dict(values | {name: value for name, value in given.items() if name in known})
@@ -882,6 +972,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="compressor that stage 2 starts from; its caption prior goes along (default: %(default)s)",
     )
     option("--warm", action="store_true", help="stage 1 starts from --start, too, not from random weights")
+    option("--cache", type=Path, help="train on what slimlib.preprocess left in this folder, not on scenes")
+    option("--scale", default="paper", help="with --cache: the models, as paper or a folder (default: %(default)s)")
     option("--models", type=Path, default=pocket, help="folder of ldm/ and the machines (default: %(default)s)")
     option("--steps", type=int, help=f"optimiser steps (default: {Stage1Config.steps}, {Stage2Config.steps})")
     option("--batch", type=int, help=f"scenes a step (default: {Stage1Config.batch}, {Stage2Config.batch})")
@@ -894,6 +986,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--view", type=float, help=f"stage 2: how far the machine's view is moved (default: {Stage2Config.view})")
     option("--task", choices=("ce", "features"), help="stage 2: cross-entropy, or features of machine A (default: ce)")
     option("--lora", type=int, metavar="RANK", help="stage 2: train adapters on the UNet along (default: none)")
+    option("--accumulate", type=int, help="batches whose gradients make one step, on each process (default: 1)")
+    option("--ema", type=float, help="decay of the average of the weights, such as 0.999 (default: none)")
+    option("--checkpointing", action="store_true", default=None, help="stage 2: less memory, more time")
     option("--max-seconds", type=float, help="stop after this time with a checkpoint; --resume goes on")
     option("--save-every", type=int, help="steps between checkpoints")
     option("--pool", type=int, default=16_368, help="number of composed training scenes (default: %(default)s)")

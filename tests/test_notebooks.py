@@ -59,10 +59,14 @@ SMALL: dict[str, dict[str, object]] = {
         "time_scenes": 1,
     },
     "solutions/07_bd_accuracy": {},
+    "08_bitrate_explorer": {"qualities": [0.2, 0.8], "caption_qualities": [0.5]},
+    "solutions/08_smallest_file": {"scene_indices": [14, 43], "n_qualities": 3},
     "10_pocket_scenes": {"size": 64},
     "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
     "solutions/10_two_objects": {"size": 128},
     "solutions/11_latent_bits": {},
+    "12_paper_scale": {"sizes": [256], "n_pictures": 8, "train_steps": 4},
+    "solutions/12_how_many_pictures": {},
 }
 """For each notebook, by its path in notebooks/ without suffix: the parameters that make it run in seconds."""
 

@@ -73,7 +73,7 @@ def test_every_dependency_has_a_lower_bound_and_numpy_stays_below_2() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     """Nothing may work only because some other package happens to bring it along."""
-    use = {canonicalize_name(r.name) for r in NEEDED + EXTRAS["retrain"]}
+    use = {canonicalize_name(r.name) for r in NEEDED + EXTRAS["retrain"] + EXTRAS["imagenet"]}
     develop = use | {canonicalize_name(r.name) for r in EXTRAS["dev"]}
     standard = {*sys.stdlib_module_names, "tomllib"}  # tomllib: from Python 3.11 on
     distributions = importlib.metadata.packages_distributions()
