@@ -117,11 +117,12 @@ class Sample:
 class Pictures(Sequence):
     """Pictures with labels in timm's class order, opened when they are asked for."""
 
-    def __init__(self, samples: Sequence[Sample], origin: str = "") -> None:
-        """Args: where the pictures lie; `origin` says in which order they were drawn from how many."""
+    def __init__(self, samples: Sequence[Sample], origin: str | None = None) -> None:
+        """Args: where the pictures lie; `origin` says how they were drawn, and from how many (None: all, in order)."""
         if not samples:
             raise ValueError("there are no pictures")
-        self.samples, self.origin = list(samples), origin
+        self.samples = list(samples)
+        self.origin = _origin(len(self.samples), None, 0) if origin is None else origin
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -67,6 +67,8 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/11_latent_bits": {},
     "12_paper_scale": {"sizes": [256], "n_pictures": 8, "train_steps": 4},
     "solutions/12_how_many_pictures": {},
+    "13_faster_diffusion": {"n_scenes": 3, "n_walks": 4, "train_steps": 3, "steps_tried": [1, 2, 8]},
+    "solutions/13_progressive": {"n_points": 2000},
 }
 """For each notebook, by its path in notebooks/ without suffix: the parameters that make it run in seconds."""
 
