@@ -68,7 +68,7 @@ def bd_accuracy(anchor: Curve, test: Curve, min_overlap: float = MIN_OVERLAP) ->
     """Mean difference of accuracy, in points, at equal rate (on a logarithmic axis); otherwise as `bd_rate`."""
     import bjontegaard
 
-    a, t, low, high, share = _overlap(anchor, test, 0, min_overlap, "rates (log2)")
+    a, t, low, high, share = _overlap(anchor, test, 0, min_overlap, "rates")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = bjontegaard.bd_psnr(*a, *t, method="pchip", require_matching_points=False, min_overlap=0)
@@ -88,10 +88,11 @@ def _overlap(
     low, high = float(max(u.min(), v.min())), float(min(u.max(), v.max()))
     share = max(0.0, high - low) / float(max(u.max(), v.max()) - min(u.min(), v.min()))
     if share < least:
+        (u0, u1), (v0, v1) = ((c[axis].min(), c[axis].max()) for c in (a, t))
         raise NoOverlap(
-            f"the anchor covers {what} {u.min():.2f} to {u.max():.2f}, the other {v.min():.2f} to {v.max():.2f}: "
-            f"{share:.0%} of the whole is common to both, {least:.0%} is needed. A number for the rest would be made "
-            "up by the polynomial. Measure more points, so that the curves meet."
+            f"the anchor covers {what} {u0:.4g} to {u1:.4g}, the other {v0:.4g} to {v1:.4g}: {share:.1%} of the whole "
+            f"is common to both, {least:.0%} is needed. A number for the rest would be made up by the polynomial. "
+            "Measure more points, so that the curves meet."
         )
     return a, t, low, high, share
 
