@@ -12,10 +12,10 @@ STAMP  := $(VENV)/.installed
 FINDER := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install tutorial lab explorer notebooks reproduce test lint types clean
+.PHONY: help install tutorial lab explorer notebooks reproduce paper-check test lint types clean
 
 help: ## list these commands
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@printf '\n'; printf '  %s\n' \
 	  'make tutorial ONLY="00 02"    some notebooks (also: make notebooks)' \
 	  'make test ARGS="-k stream"    arguments for pytest; ARGS="-m \"not notebook\"" leaves the slow ones out' \
@@ -39,7 +39,10 @@ notebooks: $(STAMP) ## execute the notebooks and write them back with their outp
 reproduce: $(STAMP) ## measure all methods again and write assets/results (hours; goes on where it was stopped)
 	$(PY) -m slimlib.evaluation --reproduce $(ARGS)
 
-test: $(STAMP) ## all tests: units first, then notebooks
+paper-check: $(STAMP) ## the full-size architectures with random weights: load, compress, train a step (minutes, 12 GB)
+	$(PY) -m slimlib.paper check $(ARGS)
+
+test: $(STAMP) ## all tests: units first, then notebooks, then the browser (where there is Chromium)
 	$(PY) -m pytest $(ARGS)
 
 lint: $(STAMP) ## style of code and notebooks

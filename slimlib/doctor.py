@@ -3,8 +3,9 @@
     python -m slimlib doctor --scale paper
     python -m slimlib doctor --scale paper --data /data/imagenet/val          judges the classifiers on ImageNet, too
 
-Every line is one check: "ok", "note" (worth knowing), or "FAIL" with what to do. The bounds are wide: they tell real
-weights, loaded rightly, from random ones, a wrong scaling factor, a wrong prediction type or a wrong order of classes.
+Every entry is one check: "ok", "note" (worth knowing), "FAIL" with what to do, or "skip" where what it needs is not
+there. The bounds are wide: they tell real weights, loaded rightly, from random ones, a wrong scaling factor, a wrong
+prediction type or a wrong order of classes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import os
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from PIL import Image
 
@@ -32,9 +34,9 @@ from .compressor import LatentCompressor
 from .imagenet import AsPublished, Pictures, chosen_scale, prepare, scale_options
 from .ldm import LatentDiffusion
 from .machines import load_machine, to_tensor
-from .paper import COMPRESSOR
+from .paper import COMPRESSOR, free_memory
 from .repro import describe_device, pick_device, quiet_libraries
-from .scales import Scale
+from .scales import Scale, hub_error, split_revision
 from .scenes import CLASSES, PocketScenes
 
 HANDFUL = 16
@@ -47,6 +49,8 @@ LEFT = 0.85
 """Error of the clean latent that the UNet names at t = 500, as a share of what the best linear guess leaves: a trained
 one is well below; random weights and a wrong prediction type are far above 1."""
 NO_COMPRESSOR = " at random: the folder is not there yet; preprocess, then train stage 1 (notebook 12)"
+WIDTH = 118
+"""Characters of a line."""
 STEPS = (1, 4, 20)
 """Denoising steps that decoding is timed with."""
 ACCURACY = 50.0
@@ -55,14 +59,15 @@ ACCURACY = 50.0
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found: `status` is "ok", "note" or "FAIL"."""
+    """What one check found: `status` is "ok", "note", "FAIL", or "skip" for one that could not be made."""
 
     name: str
     status: str
     said: str
 
     def __str__(self) -> str:
-        return f"{self.status:<4}  {self.name:<20}  {self.said}"
+        head = f"{self.status:<4}  {self.name:<17}  "
+        return textwrap.fill(self.said, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 class Failed(Exception):
@@ -70,7 +75,7 @@ class Failed(Exception):
 
 
 def examine(scale: Scale, data: str | None = None, device: str | None = None) -> Iterator[Check]:
-    """Run all checks, one after the other; what needs a model that is missing is left out.
+    """Run all checks, one after the other.
 
     Args:
         scale: what to look at.
@@ -85,7 +90,8 @@ def examine(scale: Scale, data: str | None = None, device: str | None = None) ->
         except Failed as failure:
             yield Check(name, "FAIL", str(failure))
         except Exception as error:  # whatever a library makes of a broken installation is a finding, not a crash
-            yield Check(name, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())}")
+            kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
+            yield Check(name, "FAIL", kind + " ".join(str(error).split()))
         else:
             result = result if isinstance(result, tuple) else ("ok", result)
             if isinstance(result[1], str):
@@ -94,10 +100,18 @@ def examine(scale: Scale, data: str | None = None, device: str | None = None) ->
                 found[name] = result[1]
                 yield Check(name, result[0], _describe(result[1]) + (NO_COMPRESSOR if result[0] == "note" else ""))
 
+    def check_with(name: str, needs: tuple[str, ...], work: Callable[..., Any]) -> Iterator[Check]:
+        missing = [need for need in needs if need not in found]
+        if missing:
+            yield Check(name, "skip", f"needs the check {' and '.join(repr(m) for m in missing)} to pass")
+        else:
+            yield from check(name, lambda: work(*(found[need] for need in needs)))
+
     yield from check("versions", _versions)
     yield from check("device", lambda: _device(where))
     yield from check("memory", lambda: _memory(scale, where))
     yield from check("disk", lambda: _disk(scale))
+    yield from check("hub", lambda: _hub(scale))
     yield from check("diffusion model", lambda: LatentDiffusion.from_pretrained(scale.ldm, scale.variant, where))
     yield from check("captioner", lambda: Captioner.from_pretrained(scale.captioner, device=where))
     for side in ("a", "b"):
@@ -106,18 +120,13 @@ def examine(scale: Scale, data: str | None = None, device: str | None = None) ->
         )
     yield from check("compressor", lambda: _compressor(scale, where))
     yield from check("pictures", lambda: _pictures(scale, data, found.get("machine A")))
-    ldm, pictures = found.get("diffusion model"), found.get("pictures")
-    if ldm and pictures:
-        yield from check("VAE round trip", lambda: _round_trip(ldm, pictures))
-        yield from check("latent", lambda: _latent(ldm, pictures))
-        yield from check("UNet", lambda: _unet(ldm, pictures))
+    for name, work in (("VAE round trip", _round_trip), ("latent", _latent), ("UNet", _unet)):
+        yield from check_with(name, ("diffusion model", "pictures"), work)
     for name in ("machine A", "machine B"):
-        if pictures and name in found:
-            yield from check(f"top-1, {name}", functools.partial(_accuracy, found[name], pictures, data is not None))
-    if ldm and pictures and "captioner" in found:
-        yield from check("caption", lambda: f'"{found["captioner"].caption([pictures[0][0]])[0]}"')
-    if ldm and pictures and "compressor" in found:
-        yield from check("stream", lambda: _stream(ldm, found["compressor"], pictures[0][0]))
+        judge = functools.partial(_accuracy, imagenet=data is not None)
+        yield from check_with(f"top-1, {name}", (name, "pictures"), judge)
+    yield from check_with("caption", ("captioner", "pictures"), _caption)
+    yield from check_with("stream", ("diffusion model", "compressor", "pictures"), _stream)
 
 
 def _describe(model: Any) -> str:
@@ -158,22 +167,49 @@ def _device(where: torch.device) -> tuple[str, str]:
 
 def _memory(scale: Scale, where: torch.device) -> str:
     need = 12.0 if scale.name == "paper" else 2.0  # what `slimlib.paper check` allows; the pocket's is measured
-    have = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
-    if have / 2**30 < need:
+    have = (torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else free_memory()) / 1e9
+    if have < need:
         raise Failed(
-            f"{have / 2**30:.1f} GiB free on {where.type}, {need:g} wanted: close what else runs, or --variant fp16"
+            f"{have:.1f} GB free on {where.type}, {need:g} wanted: end what else runs, or take a smaller --size"
         )
-    return f"{have / 2**30:.1f} GiB free on {where.type}"
+    return f"{have:.1f} GB free on {where.type}, {need:g} wanted"
 
 
 def _disk(scale: Scale) -> str:
-    remote = any(not Path(name).exists() for name in (scale.ldm, scale.captioner, scale.machine_a, scale.machine_b))
+    remote = bool(_remote(scale))
     cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     place = next(path for path in (cache, *cache.parents) if path.exists()) if remote else Path.cwd()
-    free, need = shutil.disk_usage(place).free / 2**30, 12.0 if remote else 1.0
+    free, need = shutil.disk_usage(place).free / 1e9, 12.0 if remote else 1.0
     if free < need:
-        raise Failed(f"{free:.1f} GiB free at {place}, {need:g} wanted for the models: set HF_HOME to a larger disk")
-    return f"{free:.0f} GiB free {'for the cache of the hub' if remote else 'in this folder'}"
+        raise Failed(f"{free:.1f} GB free at {place}, {need:g} wanted for the models: set HF_HOME to a larger disk")
+    return f"{free:.0f} GB free {'for the cache of the hub' if remote else 'in this folder'}, {need:g} wanted"
+
+
+def _remote(scale: Scale) -> list[str]:
+    """Ids of the hub among a scale's names."""
+    machines = [name if Path(name).is_dir() else f"timm/{name}" for name in (scale.machine_a, scale.machine_b)]
+    return [name for name in (scale.ldm, scale.captioner, *machines) if not Path(name).is_dir()]
+
+
+def _hub(scale: Scale) -> str | tuple[str, str]:
+    """Ask for each model without downloading it: is it there, may we have it, and which version is it?"""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    said = []
+    for name in _remote(scale):
+        head, revision = split_revision(name)
+        try:
+            commit = HfApi().model_info(head, revision=revision, timeout=10).sha or "?"
+        except HfHubHTTPError as error:  # it has answered: no
+            raise Failed(str(hub_error(name, error))) from error
+        except Exception as error:  # no network, a proxy, offline mode: each has an error of its own
+            return "note", (
+                f"not reached ({type(error).__name__}): only what is in the cache can be loaded. See HF_HUB_OFFLINE, "
+                "HF_ENDPOINT, and the proxy"
+            )
+        said.append(f"{head}@{commit[:12]}" + ("" if revision else " (not pinned)"))
+    return ", ".join(said) or "not needed: all models are folders"
 
 
 def _compressor(scale: Scale, where: torch.device) -> tuple[str, LatentCompressor]:
@@ -208,7 +244,8 @@ def _round_trip(ldm: LatentDiffusion, pictures: list) -> str:
     psnr = -10 * torch.tensor(max(error, 1e-10)).log10().item()
     if not PSNR[0] <= psnr <= PSNR[1]:
         raise Failed(f"{psnr:.1f} dB; {PSNR[0]:g} to {PSNR[1]:g} expected: these are not a trained VAE's weights")
-    return f"{psnr:.1f} dB over {len(pictures)} pictures of {pictures[0][0].width} px"
+    side = pictures[0][0].width
+    return f"{psnr:.1f} dB over {len(pictures)} pictures of {side} px; {PSNR[0]:g} to {PSNR[1]:g} expected"
 
 
 @torch.no_grad()
@@ -219,7 +256,7 @@ def _latent(ldm: LatentDiffusion, pictures: list) -> str:
             f"standard deviation {spread:.2f}; {SPREAD[0]:g} to {SPREAD[1]:g} expected: is scaling_factor in "
             f"vae/config.json ({ldm.vae.config.scaling_factor:g}) this VAE's? Rates depend on it"
         )
-    return f"standard deviation {spread:.2f}"
+    return f"standard deviation {spread:.2f}; {SPREAD[0]:g} to {SPREAD[1]:g} expected"
 
 
 @torch.no_grad()
@@ -237,7 +274,7 @@ def _unet(ldm: LatentDiffusion, pictures: list) -> str:
             f"at t = {t} it leaves {share:.2f} times the error of a linear guess; at most {LEFT:g} expected: random "
             f"weights, or not trained for the prediction_type of scheduler_config.json, {kind}"
         )
-    return f"at t = {t} it leaves {share:.2f} times the error of a linear guess"
+    return f"at t = {t} it leaves {share:.2f} times the error of a linear guess; at most {LEFT:g} expected"
 
 
 @torch.no_grad()
@@ -250,12 +287,22 @@ def _accuracy(machine: Any, pictures: list, imagenet: bool) -> str | tuple[str, 
     said, least = f"{right} of {len(known)} right", ACCURACY if imagenet else ACCURACY / 2
     if 100 * right / len(known) < least:
         raise Failed(f"{said}; {least:g}% expected: are these its weights, and is this the order of its classes?")
-    return said
+    return f"{said}; at least {least:g}% expected"
 
 
-def _stream(ldm: LatentDiffusion, compressor: LatentCompressor, image: Image.Image) -> str:
-    codec = SlimCodec(ldm, compressor)
+def _caption(captioner: Captioner, pictures: list) -> str:
+    return f'"{captioner.caption([pictures[0][0]])[0]}" of the first picture; read it'
+
+
+@torch.no_grad()
+def _stream(ldm: LatentDiffusion, compressor: LatentCompressor, pictures: list) -> str:
+    codec, image = SlimCodec(ldm, compressor), pictures[0][0]
     stream = codec.compress(image, 0.5, caption=None)
+    sent = compressor(ldm.encode(to_tensor(image)).float(), 0.5)["z_hat"]
+    read = codec.read([stream])[0].z_hat
+    apart = float((sent - read).square().mean() / sent.square().mean().clamp_min(1e-12))
+    if not apart < 1e-3:  # a symbol may be rounded otherwise when the picture is encoded again; the rest is exact
+        raise Failed(f"the decoder reads another latent than was sent: {apart:.0%} of its energy is error")
     if codec.decompress(stream, 1).tobytes() != codec.decompress(stream, 1).tobytes():
         raise Failed("two decodings of one stream differ on this device")
     took = []
@@ -263,7 +310,7 @@ def _stream(ldm: LatentDiffusion, compressor: LatentCompressor, image: Image.Ima
         start = time.perf_counter()
         codec.decompress(stream, steps)
         took.append(f"{1000 * (time.perf_counter() - start):.0f} ms at K = {steps}")
-    return f"{len(stream)} bytes, decoded twice alike; {', '.join(took)}"
+    return f"{len(stream)} bytes, read as they were sent, decoded twice alike; {', '.join(took)}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -277,17 +324,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print all checks; 0 if none failed, else 1."""
     quiet_libraries()
-    failed = 0
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")  # what timm asks of the hub's client
     try:
         scale = chosen_scale(options)
     except ValueError as error:
         print(f"slimlib: {error}", file=sys.stderr)
         return 1
+    count = dict.fromkeys(("ok", "note", "FAIL", "skip"), 0)
     for check in examine(scale, options.data, options.device):
         print(check, flush=True)
-        failed += check.status == "FAIL"
-    print(f"{failed} checks failed" if failed else "all is well")
-    return 1 if failed else 0
+        count[check.status] += 1
+    skipped = f", {count['skip']} could not be made" if count["skip"] else ""
+    print(f"\n{count['FAIL']} checks failed{skipped}" if count["FAIL"] else "\nall is well")
+    return 1 if count["FAIL"] else 0
 
 
 def main(arguments: list[str] | None = None) -> int:

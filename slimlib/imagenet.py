@@ -1,8 +1,8 @@
 """ImageNet: pictures and labels from a folder, from shards or from the hub; and the evaluation of the paper on them.
 
-    python -m slimlib.imagenet --data /data/imagenet/val --n 1000
+    python -m slimlib.imagenet --data /data/imagenet --n 1000
     python -m slimlib.imagenet --data '/data/shards/imagenet1k-validation-*.tar' --protocol squash --size 256
-    python -m slimlib.imagenet --data hub:ILSVRC/imagenet-1k --split validation --n 500
+    python -m slimlib.imagenet --data hub:ILSVRC/imagenet-1k --split validation --n 500 --variants all
 
 Three sources, one class: `Pictures` is a sequence of (picture, label), in an order that depends on nothing but the
 data. Labels count as timm's and everybody's networks do: classes sorted by their WordNet ids, n01440764 (tench) first.
@@ -24,13 +24,15 @@ import glob
 import hashlib
 import io
 import json
+import math
 import re
 import shlex
 import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ from .caption import CaptionPrior
 from .codec import CAPTION_PRIOR, SlimCodec
 from .compressor import LatentCompressor
 from .evaluation import (
+    BATCH,
     QUALITIES,
     TIMED,
     VARIANTS,
@@ -60,8 +63,10 @@ from .evaluation import (
     as_text,
     evaluate,
     load_rows,
+    measure_times,
     save_rows,
     table,
+    weights_key,
 )
 from .ldm import LatentDiffusion
 from .machines import Machine, load_machine, to_tensor
@@ -69,7 +74,7 @@ from .pictures import as_rgb
 from .repro import atomic_write, pick_device, quiet_libraries
 from .roi import gradcam
 from .scales import Scale, hub_error, split_revision
-from .scenes import Scene
+from .scenes import CLASSES, PocketScenes, Scene
 
 PROTOCOLS = ("crop", "squash")
 LARGEST = 1 << 27
@@ -78,6 +83,8 @@ TOTAL = {"validation": 50_000, "train": 1_281_167}
 """Pictures of ImageNet-1k's splits, for data sets that do not say how many they hold."""
 BLOCK = 256
 """Pictures whose results share a file."""
+KEPT = Path("runs/imagenet/pictures")
+"""Where pictures that were streamed from the hub are kept."""
 ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
 WNID = re.compile(r"n\d{8}")
 
@@ -274,10 +281,19 @@ class Pictures(Sequence):
 
     @classmethod
     def open(cls, data: str, split: str, folder: str | Path, n: int | None = None, seed: int = 0) -> Pictures:
-        """Any of the three by one word: a folder, a pattern of shards (ends in .tar), or "hub:owner/name"; n drawn."""
+        """Any of the three by one word; n pictures of it, drawn by a seed.
+
+        Args:
+            data: a split's folder of class folders, or the folder with train/ and val/ in it; a pattern of shards
+                (ends in .tar), where "{split}" stands for the split; or "hub:owner/name".
+            split: "validation" or "train".
+            folder, n, seed: see `from_hub`.
+        """
         if data.startswith("hub:"):
             return cls.from_hub(data.removeprefix("hub:"), split, folder, n, seed)
-        whole = cls.from_shards(data) if data.endswith(".tar") else cls.from_folder(data)
+        inside = Path(data) / ("val" if split == "validation" else split)
+        place = str(inside) if inside.is_dir() else data.replace("{split}", split)
+        whole = cls.from_shards(place) if place.endswith(".tar") else cls.from_folder(place)
         return cls([whole.samples[i] for i in subset(len(whole), n, seed)], _origin(len(whole), n, seed))
 
 
@@ -345,26 +361,76 @@ class AsPublished(nn.Module):
     def __init__(self, machine: Machine) -> None:
         super().__init__()
         config = machine.net.pretrained_cfg
-        self.machine, self.mean = machine, machine.mean
-        self.whole, self.mode = round(machine.size / config["crop_pct"]), config.get("interpolation", "bilinear")
+        self.machine, self.mean, self.classes = machine, machine.mean, machine.classes
+        self.whole, self.mode = math.floor(machine.size / config["crop_pct"]), config.get("interpolation", "bilinear")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of square pictures (B, 3, S, S) in [0, 1]."""
         if x.shape[-1] != self.whole:
             mode = self.mode if self.mode in ("bilinear", "bicubic") else "bilinear"
             x = F.interpolate(x, (self.whole, self.whole), mode=mode, antialias=True).clamp(0, 1)
-        edge = (self.whole - self.machine.size) // 2
+        edge = round((self.whole - self.machine.size) / 2)  # to the even one of two, as torchvision's CenterCrop
         return self.machine(x[..., edge : edge + self.machine.size, edge : edge + self.machine.size])
+
+    top5 = Machine.top5
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+
+
+class ImageNetScenes(Sequence):
+    """Squares of ImageNet as scenes, so that what works on `PocketScenes` works on them.
+
+    Nobody knows ImageNet's exact mattes and words: Grad-CAM of a machine for the true class stands for the matte, the
+    name of the class for the noun.
+    """
+
+    def __init__(self, pictures: Pictures, protocol: str, size: int, machine: Machine) -> None:
+        self.pictures, self.protocol, self.size, self.machine = pictures, protocol, size, machine
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Scene:  # type: ignore[override]
+        picture, label = self.pictures[index]
+        image = prepare(picture, self.protocol, self.size)
+        matte = gradcam(self.machine, to_tensor(image).to(self.machine.mean.device), label)[0, 0].cpu().numpy()
+        return Scene(image, matte, label, class_names()[label], "", False)
+
+
+def scenes(
+    scale: Scale, split: str, n: int, data: str = "", protocol: str = "crop", machine: Machine | None = None
+) -> Sequence[Scene]:
+    """Scenes of a split, at least n of them: of `PocketScenes`, or of ImageNet where `data` names it.
+
+    Args:
+        scale: says their size, and machine A, which shows where to look.
+        split: "train" or "test", which is ImageNet's validation set.
+        n: pictures of ImageNet, drawn by seed 0; those of a smaller n come first.
+        data: as for `Pictures.open`: ImageNet's folder with train/ and val/ in it, a pattern of shards with "{split}"
+            in it, or "hub:owner/name".
+        machine: machine A, where it is loaded already.
+
+    Raises:
+        ValueError: no data, and the scale's machines know other classes than PocketScenes shows.
+    """
+    if not data:
+        config = Path(scale.machine_a) / "config.json"
+        if not config.exists() or json.loads(config.read_text()).get("label_names") != list(CLASSES):
+            raise ValueError(
+                f"the machines of scale {scale.name!r} know other classes than those of PocketScenes: name ImageNet in "
+                "`data`: its folder (with train/ and val/), shards ('...-{split}-*.tar'), or 'hub:owner/name'"
+            )
+        return PocketScenes(split, scale.size)  # type: ignore[return-value]
+    pictures = Pictures.open(data, "train" if split == "train" else "validation", KEPT, n)
+    return ImageNetScenes(pictures, protocol, scale.size, machine or load_machine(scale.machine_a))
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
 class ImageNetBatch(Batch):
-    """Some pictures of a subset, as the evaluation's methods want them.
-
-    Nobody knows ImageNet's exact mattes: the region of interest is Grad-CAM's of machine A for the true class.
-    """
+    """Some pictures of a subset, as the evaluation's methods want them; see `ImageNetScenes`."""
 
     def __init__(self, indices: Sequence[int], pictures: Pictures, protocol: str, size: int, machine: Machine) -> None:
         self.indices = list(indices)
@@ -406,6 +472,55 @@ class BlockStore(Store):
                 self._written[path] = len(rows)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What an evaluation works with, at any scale.
+
+    Attributes:
+        codec: for batches.
+        machines: A and B, as `evaluate` takes them.
+        scenes: the test scenes.
+        make_batch: of indices into them.
+        key: stands for weights and pictures: results of one key are of one experiment.
+        batch_size: pictures that go through the networks together.
+    """
+
+    codec: SlimCodec
+    machines: tuple[Any, Any]
+    scenes: Sequence[Scene]
+    make_batch: Callable[[Sequence[int]], Batch]
+    key: str
+    batch_size: int
+
+    @classmethod
+    def open(cls, scale: Scale, n: int, data: str = "", protocol: str = "crop") -> Bench:
+        """For n scenes: those of `scenes`, with the same meaning of `data`."""
+        codec = open_codec(scale)
+        test = scenes(scale, "test", n, data, protocol, codec.machine)
+        if isinstance(test, ImageNetScenes):
+            return cls.of_pictures(codec, scale, test.pictures, protocol)
+        folders = scale.ldm, scale.captioner, scale.machine_a, scale.machine_b, scale.compressor
+        machines = codec.machine, load_machine(scale.machine_b)
+        return cls(codec, machines, test, Batch, weights_key(*map(Path, folders)), BATCH)
+
+    @classmethod
+    def of_pictures(cls, codec: SlimCodec, scale: Scale, pictures: Pictures, protocol: str) -> Bench:
+        """For pictures of ImageNet, at which the machines look as their makers did."""
+        machines = codec.machine, load_machine(scale.machine_b, codec.ldm.device)
+        about = f"{codec.fingerprint} {scale} {codec.ldm.dtype} {pictures.fingerprint()} {protocol}"
+        make = functools.partial(
+            ImageNetBatch, pictures=pictures, protocol=protocol, size=scale.size, machine=codec.machine
+        )
+        return cls(
+            codec,
+            (AsPublished(machines[0]), AsPublished(machines[1])),
+            ImageNetScenes(pictures, protocol, scale.size, codec.machine),
+            make,
+            hashlib.sha256(about.encode()).hexdigest()[:8],
+            4,
+        )
+
+
 def open_codec(scale: Scale, device: str | None = None, dtype: torch.dtype = torch.float32) -> SlimCodec:
     """The codec of a scale, for batches, with its diffusion model in a precision of choice."""
     where = pick_device(device)
@@ -436,15 +551,14 @@ def evaluate_imagenet(
 ) -> str:
     """Measure SLIM, its ceiling and the classic codecs; results by picture go to `work` as they come.
 
-    A killed run loses at most the batch at hand: the same call goes on. Tables go to `out`/<protocol>-<size>.
+    A killed run loses at most the batch at hand: the same call goes on. Tables go to `out`/<protocol>-<size>, in the
+    form of assets/results, so that notebook 07 can draw them.
 
     Returns:
         The table as text.
     """
-    codec = open_codec(scale, device, dtype)
-    machines = codec.machine, load_machine(scale.machine_b, codec.ldm.device)
-    about = f"{codec.fingerprint} {scale} {dtype} {pictures.fingerprint()} {protocol}"
-    key = hashlib.sha256(about.encode()).hexdigest()[:8]
+    bench = Bench.of_pictures(open_codec(scale, device, dtype), scale, pictures, protocol)
+    codec, key = bench.codec, bench.key
     # One picture alone writes the bytes it writes in a batch where sums are taken in one order: not on a GPU.
     timed = TIMED if codec.ldm.device.type == "cpu" and dtype == torch.float32 else 0
     jobs: list[tuple[Method, int]] = [
@@ -452,20 +566,22 @@ def evaluate_imagenet(
         (Slim("SLIM", codec, qualities, variants, key, timed), len(pictures)),
         *((Classic(name, key=key), len(pictures)) for name in classic),
     ]
-    make = functools.partial(
-        ImageNetBatch, pictures=pictures, protocol=protocol, size=scale.size, machine=codec.machine
+    results = evaluate(
+        jobs, bench.machines, BlockStore(work), progress=progress, make_batch=bench.make_batch, batch_size=batch
     )
-    looking = tuple(AsPublished(machine) for machine in machines)
-    results = evaluate(jobs, looking, BlockStore(work), progress=progress, make_batch=make, batch_size=batch)
     rows = table(results, pixels=scale.size**2)
     folder = Path(out) / f"{protocol}-{scale.size}"
     save_rows(rows, folder / "evaluation.csv")
     comparisons = all_comparisons(results)
     if comparisons:
         save_rows(comparisons, folder / "comparisons.csv")
+    times, about = folder / "times.csv", folder / "evaluation.json"
+    known = times.exists() and about.exists() and json.loads(about.read_text())["weights"].get("SLIM") == key
+    if not known:
+        save_rows(measure_times(codec, [bench.scenes[i] for i in range(min(3, len(pictures)))]), times)
     facts = about_run(command, results, {method.name: method.key for method, _ in jobs})
     facts |= {"protocol": protocol, "size": scale.size, "pictures": pictures.fingerprint(), "scale": repr(scale)}
-    atomic_write(folder / "evaluation.json", (json.dumps(facts, indent=1) + "\n").encode())
+    atomic_write(about, (json.dumps(facts, indent=1) + "\n").encode())
     return f"protocol {protocol}, {scale.size} px, {len(pictures)} pictures\n{as_text(rows)}"
 
 
@@ -486,11 +602,11 @@ def chosen_scale(a: argparse.Namespace) -> Scale:
     return replace(Scale.from_name(a.scale), **names)
 
 
-def data_options(parser: argparse.ArgumentParser) -> None:
+def data_options(parser: argparse.ArgumentParser, split: str = "validation") -> None:
     """Options that name the data."""
     option = parser.add_argument
-    option("--data", required=True, help="folder of class folders, pattern of shards (...*.tar), or hub:owner/name")
-    option("--split", default="validation", choices=("validation", "train"), help="for hub:... (default: %(default)s)")
+    option("--data", required=True, help="ImageNet's folder or a split's, shards (...*.tar), or hub:owner/name")
+    option("--split", default=split, choices=("validation", "train"), help="(default: %(default)s)")
     option("--n", type=int, help="pictures, drawn by --seed (default: all)")
     option("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     option("--protocol", choices=PROTOCOLS, default="crop", help="how squares are made (default: %(default)s)")
@@ -504,7 +620,9 @@ def main(arguments: list[str] | None = None) -> None:
     scale_options(parser)
     option = parser.add_argument
     names = ", ".join(filter(None, VARIANTS))
-    option("--variants", nargs="+", default=[], choices=VARIANTS, metavar="NAME", help=f"ablations, too: {names}")
+    option(
+        "--variants", nargs="+", default=[], choices=[*VARIANTS, "all"], metavar="NAME", help=f"ablations: all, {names}"
+    )
     option("--qualities", nargs="+", type=float, default=list(QUALITIES), help="(default: 0 to 1 by 0.2)")
     option("--classic", nargs="*", default=list(CODECS), choices=CODECS, help="(default: all)")
     option("--batch", type=int, default=4, help="pictures at a time (default: %(default)s)")
@@ -515,7 +633,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     quiet_libraries()
     words = sys.argv[1:] if arguments is None else arguments
-    pictures = Pictures.open(a.data, a.split, a.work / "pictures", a.n, a.seed)
+    pictures = Pictures.open(a.data, a.split, KEPT, a.n, a.seed)
     print(
         evaluate_imagenet(
             chosen_scale(a),
@@ -523,7 +641,7 @@ def main(arguments: list[str] | None = None) -> None:
             a.protocol,
             a.work,
             a.out,
-            ["", *a.variants],
+            list(VARIANTS) if "all" in a.variants else ["", *a.variants],
             a.qualities,
             a.classic,
             a.batch,

@@ -2,7 +2,7 @@
 
     python -m slimlib.paper stand-in runs/stand-in              full size, 7 GB on disk; loads by the same path
     python -m slimlib.paper stand-in runs/tiny --tiny           the same classes and files in a few megabytes
-    python -m slimlib.paper check --memory 12                   one compress, decompress and training step at 256 px
+    python -m slimlib.paper check                               one compress, decompress and training step at 256 px
 
 What can be proven without the real weights is proven with these: that the folders and the names of files and tensors
 are understood, what everything costs (`slimlib.costs`), and that it fits into memory. What they cannot show is any
@@ -16,14 +16,18 @@ import argparse
 import itertools
 import json
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import timm
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -47,11 +51,11 @@ from .codec import CAPTION_PRIOR, SlimCodec
 from .compressor import CompressorConfig, LatentCompressor
 from .machines import to_tensor
 from .pool import ScenePool
-from .repro import atomic_write, quiet_libraries
+from .repro import atomic_write, quiet_libraries, write_card
 from .roi import gradcam, latent_mask
 from .scales import Scale
 from .scenes import PocketScenes
-from .training import Stage2Config, train_stage2
+from .training import Stage1Config, Stage2Config, train_stage2
 
 COMPRESSOR = CompressorConfig(latent_channels=4, factor=8, guidance=3.0)
 """The pocket's architecture for Stable Diffusion's latents. The t0 table is the pocket's: tune it on real weights."""
@@ -199,6 +203,9 @@ SCHEDULER = {
 }
 """scheduler_config.json of Stable Diffusion 2.1-base."""
 
+ON_DISK = 7.0
+"""GB that a stand-in of the full size takes on disk."""
+
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -284,6 +291,8 @@ def save_stand_in(
         LatentCompressor(tiny_compressor() if tiny else COMPRESSOR).save_pretrained(folder / "compressor")
     prior = CaptionPrior.fit(["a dog", "a cat on a sofa", "a man riding a horse"])
     prior.save(folder / "compressor" / CAPTION_PRIOR)
+    about = "Random weights: a stand-in for what stage 1 leaves."
+    write_card(folder / "compressor", "Compressor, untrained", about, asdict(Stage1Config(steps=0)), {}, "None.")
     return Scale.from_name(folder).with_(size=256)
 
 
@@ -292,16 +301,19 @@ def check(folder: str | Path, memory: float = 12.0, size: int = 256, progress: C
 
     Args:
         folder: what `save_stand_in` wrote.
-        memory: most that the process may take, in GiB.
+        memory: most that the process may take, in GB (10^9 bytes).
         size: side of the picture in pixels.
         progress: gets a line for each part.
 
     Returns:
-        Peak memory of the process in GiB.
+        Peak memory of the process in GB.
 
     Raises:
-        MemoryError: it took more.
+        MemoryError: less than `memory` is free, so that nothing was begun; or it took more.
     """
+    free = free_memory() / 1e9
+    if free < memory:
+        raise MemoryError(f"{free:.1f} GB are free, up to {memory:g} GB may be needed: end something else first")
     scale, image = Scale.from_name(folder), PocketScenes("test", size)[0].image
     clock = _Clock(progress)
     codec = SlimCodec.from_pretrained(scale, "cpu", exact=False)
@@ -328,8 +340,20 @@ def check(folder: str | Path, memory: float = 12.0, size: int = 256, progress: C
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the step changed nothing"
     peak = clock("one step of stage 2, batch 1")
     if peak > memory:
-        raise MemoryError(f"the peak was {peak:.1f} GiB; {memory:g} are allowed")
+        raise MemoryError(f"the peak was {peak:.2f} GB; {memory:g} GB are allowed")
+    progress(f"the peak was {peak:.2f} GB ({peak * 1e9 / 2**30:.2f} GiB); {memory:g} GB are allowed")
     return peak
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: of the machine, or of the container (cgroup) that it runs in."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 class _Clock:
@@ -339,8 +363,8 @@ class _Clock:
         self.say, self.start = say, time.perf_counter()
 
     def __call__(self, what: str) -> float:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-        self.say(f"{what:<44} {time.perf_counter() - self.start:6.1f} s, peak {peak:5.2f} GiB")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        self.say(f"{what:<44} {time.perf_counter() - self.start:6.1f} s, peak {peak:5.2f} GB")
         self.start = time.perf_counter()
         return peak
 
@@ -462,23 +486,36 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
     two = commands.add_parser("check", help="compress, decompress, train a step at full size, within a memory limit")
     two.add_argument("--folder", type=Path, help="a stand-in (default: a new one, removed afterwards)")
-    two.add_argument("--memory", type=float, default=12.0, help="GiB that it may take (default: %(default)s)")
+    two.add_argument("--memory", type=float, default=12.0, help="GB that it may take (default: %(default)s)")
     two.add_argument("--size", type=int, default=256, help="side of the picture (default: %(default)s)")
     a = parser.parse_args(arguments)
     if a.command == "stand-in":
         print(save_stand_in(a.folder, a.tiny, a.family, a.prediction))
         return 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = a.folder or Path(temporary)
-        if not (folder / "compressor").is_dir():
-            print(f"writing random weights of the full size into {folder}", flush=True)
-            save_stand_in(folder)
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = a.folder or Path(temporary)
+            if not (folder / "compressor").is_dir():
+                write_apart(folder)
             check(folder, a.memory, a.size, lambda line: print(line, flush=True))
-        except MemoryError as error:
-            print(f"too much memory: {error}", file=sys.stderr)
-            return 1
+    except (MemoryError, OSError) as error:
+        print(f"slimlib.paper: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def write_apart(folder: Path) -> None:
+    """Write a stand-in of the full size in a process of its own, so that its memory does not count."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free / 1e9
+    if free < ON_DISK:
+        raise OSError(f"{free:.1f} GB are free in {place}, {ON_DISK:g} GB are written: set TMPDIR, or give --folder")
+    print(f"writing {ON_DISK:g} GB of random weights into {folder}", flush=True)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "slimlib.paper", "stand-in", str(folder)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise OSError(f"the weights could not be written into {folder}")
+    print(f"{'write them':<44} {time.perf_counter() - start:6.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Look at every training picture once: latent, region of interest and caption, cached on disk for both stages.
 
+    python -m slimlib.preprocess --data /data/imagenet --out runs/paper/train                     its training set
     python -m slimlib.preprocess --data '/data/shards/imagenet1k-train-*.tar' --out runs/paper/train
     python -m slimlib.preprocess ... --shard 3/8                   the fourth of eight processes, on any machine
     torchrun --nproc_per_node 8 -m slimlib.preprocess ...          eight processes here, one shard each
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m slimlib.preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data_options(parser)
+    data_options(parser, "train")
     scale_options(parser)
     option = parser.add_argument
     option("--out", type=Path, required=True, help="folder of the cache")

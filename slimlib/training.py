@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -67,6 +67,8 @@ KNOT_SPEED = 5  # the knots over quality learn this much faster than the weights
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 NEWER = {"accumulate": 1, "ema": 0.0, "checkpointing": False}
 """Settings that older checkpoints do not name, and what they were trained with."""
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways to share the work that are refused; see `_accelerator`."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 LossOf = Callable[[nn.Module], tuple[Tensor, dict[str, Tensor]]]
@@ -716,6 +718,11 @@ def _accelerator(device: str | torch.device | None) -> tuple[Accelerator, torch.
     wanted = pick_device(device)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(cpu=several and wanted.type == "cpu", device_placement=False)
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which cuts weights into shards: "
+            "the checkpoint would hold one of them. Two million parameters need none: launch with plain DDP (MULTI_GPU)"
+        )
     return accelerator, accelerator.device if several else wanted
 
 
@@ -850,6 +857,7 @@ def _train_on_cache(a: argparse.Namespace, config: Stage1Config) -> None:
     from slimlib.preprocess import Cache
     from slimlib.scales import Scale
 
+    start = time.monotonic()
     cache, scale, work, device = (
         Cache.open(a.cache),
         Scale.from_name(a.scale),
@@ -869,8 +877,8 @@ def _train_on_cache(a: argparse.Namespace, config: Stage1Config) -> None:
         machine, model = load_machine(scale.machine_a, device), LatentCompressor.from_pretrained(a.start, device)
         train_stage2(config, cache.latents, cache.pool, ldm, machine, work, model, **limits)
     else:
-        start = LatentCompressor.from_pretrained(a.start, device) if a.warm else COMPRESSOR
-        model = train_stage1(config, cache.latents, cache.pool.masks[:, None], work, start, **limits)
+        first = LatentCompressor.from_pretrained(a.start, device) if a.warm else COMPRESSOR
+        model = train_stage1(config, cache.latents, cache.pool.masks[:, None], work, first, **limits)
     done = load_state(work / "checkpoint.safetensors")[1]["step"]
     if Accelerator().is_main_process and done == config.steps:
         with atomic_folder(a.out) as folder:
@@ -878,6 +886,17 @@ def _train_on_cache(a: argparse.Namespace, config: Stage1Config) -> None:
             cache.save_prior(folder)
             if (work / "unet_lora").is_dir():
                 shutil.copytree(work / "unet_lora", folder / "unet_lora")
+            data = json.loads((a.cache / "about.json").read_text())
+            facts = {
+                "command": "python -m slimlib.training " + shlex.join(a.words),
+                **{k: v for k, v in asdict(config).items() if k not in ("save_every", "log_every")},
+                "processes": int(os.environ.get("WORLD_SIZE", "1")),
+                "device": describe_device(device),
+                "seconds": round(time.monotonic() - start),
+                "data": f"{data['pictures']} pictures ({data['data']}), {data['protocol']} to {data['size']} px",
+            }
+            about = "Mean-scale hyperprior on the latent, one model for all rates; not measured here."
+            write_card(folder, f"Compressor, stage {a.stage}", about, facts, {}, f"Latents of {data['models'][0]}.")
 
 
 def _config(a: argparse.Namespace) -> Stage1Config:

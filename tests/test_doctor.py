@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_codec import picture
 
 from slimlib import doctor, paper
 from slimlib.__main__ import main
 from slimlib.imagenet import wnids
 from slimlib.scales import PAPER, Scale
+
+MACHINES = (PAPER.machine_a, PAPER.machine_b)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,50 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path: Path, capsys: p
     for name in ("diffusion model", "captioner", "machine A", "machine B"):
         assert checks[name].status == "FAIL" and "--local-dir" in checks[name].said
     assert checks["compressor"].status == "note" and "train stage 1" in checks["compressor"].said
-    assert "stream" not in checks and checks["versions"].status == "ok"
+    assert checks["versions"].status == "ok" and checks["hub"].status == "note", "tests are offline"
+    for name in ("VAE round trip", "latent", "UNet", "top-1, machine A", "top-1, machine B", "caption", "stream"):
+        assert checks[name].status == "skip" and "needs the check" in checks[name].said
+    assert all(len(line) <= doctor.WIDTH for check in checks.values() for line in str(check).splitlines())
     assert main(["doctor", "--scale", str(tmp_path)]) == 1
     assert "unknown scale" in capsys.readouterr().err
+
+
+def test_models_are_asked_for_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub answers: a commit to pin, or why not; nothing is downloaded for that."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    asked = []
+
+    def answer(self: HfApi, name: str, revision: str | None = None, timeout: float = 0) -> object:
+        asked.append((name, revision))
+        return type("ModelInfo", (), {"sha": "0123456789abcdef"})()
+
+    monkeypatch.setattr(HfApi, "model_info", answer)
+    said = doctor._hub(PAPER.with_(ldm=f"{PAPER.ldm}@main"))
+    assert asked == [(PAPER.ldm, "main"), (PAPER.captioner, None), *((f"timm/{m}", None) for m in MACHINES)]
+    assert f"{PAPER.ldm}@0123456789ab," in said and said.count("not pinned") == 3
+
+    def refuse(self: HfApi, name: str, **options: object) -> object:
+        import httpx
+
+        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+        raise HfHubHTTPError("403: access to this model is gated", response=response)
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(doctor.Failed, match="accept its terms"):
+        doctor._hub(PAPER)
+    assert doctor._hub(Scale.from_name("pocket")) == "not needed: all models are folders"
+
+
+def test_short_of_memory_or_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "free_memory", lambda: 11_000_000_000)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("usage", (), {"free": 5_000_000_000})())
+    with pytest.raises(doctor.Failed, match=r"11\.0 GB free on cpu, 12 wanted"):
+        doctor._memory(PAPER, torch.device("cpu"))
+    with pytest.raises(doctor.Failed, match=r"5\.0 GB free.*HF_HOME"):
+        doctor._disk(PAPER)
+    assert "5 GB free" in doctor._disk(Scale.from_name("pocket"))
 
 
 def test_a_wrong_prediction_type_is_found_out(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_pictures_of_bits_and_errors() -> None:
 
 def test_the_outline_leaves_the_rest_alone(models: Explorer) -> None:
     source = models.scene(14)
-    drawn = np.asarray(list(models.look(Settings()))[0].pictures["original"], int)
+    drawn = np.asarray(list(models.look(Settings(14)))[0].pictures["original"], int)
     plain = np.asarray(source.image.resize((256, 256), Image.Resampling.BICUBIC), int)
     changed = (drawn != plain).any(2).mean()
     assert drawn.shape == (256, 256, 3) and 0.005 < changed < 0.2
@@ -243,7 +243,7 @@ def test_every_control_changes_the_page(page: Page) -> None:
     page.quality.value = 0.2
     assert page.wait()
     before, summary = shown(page), page.summary.value
-    for name, value in {"quality": 0.9, "steps": 2, "seed": 3, "caption": "none", "scene": 43}.items():
+    for name, value in {"quality": 0.9, "steps": 2, "seed": 3, "caption": "none", "scene": 14}.items():
         getattr(page, name).value = value
         assert page.wait() and (shown(page), page.summary.value) != (before, summary), name
         before, summary = shown(page), page.summary.value
@@ -297,15 +297,24 @@ def test_the_budget_tab(page: Page) -> None:
     page.tab.value = page.tab.options[1]
     page.size.value = 900
     assert page.wait() and "bytes" in page.budgeted["JPEG"]._note.value and page.quality.disabled
-    assert page._explore.layout.display == "none"
+    assert page._explore.layout.display == "none" and "A:" in page.original._note.value
     page.tab.value = page.tab.options[0]
     assert page.wait() and page._explore.layout.display != "none"
+
+
+def test_the_first_page_is_complete_at_once(models: Explorer) -> None:
+    page = Page(models, query="scene=5")
+    shown = {**page.figures, **page.rivals}
+    assert all(len(figure.image.value) > 200 for figure in shown.values()), "no picture is missing"
+    assert all("bytes" in figure._note.value for figure in page.rivals.values())
+    assert not any("slim-old" in figure._dom_classes for figure in shown.values())
+    assert f"same {page.view.report.size} bytes" in page.within.value
 
 
 def test_reset_and_links(page: Page, models: Explorer) -> None:
     page.quality.value, page.seed.value = 0.77, 12
     page._reset()
-    assert page.wait() and page.settings.quality == 0.5 and page.settings.seed == 0
+    assert page.wait() and page.settings.quality == Settings().quality and page.settings.seed == 0
     other = Page(models, query="quality=0.25&steps=1&t0=100&caption=a+lion&scene=9")
     assert other.settings == Settings(9, 0.25, 1, 100, "stage 1", "a lion", 0)
     wrong = Page(models, query="weights=stage+9")

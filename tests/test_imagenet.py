@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -22,6 +23,7 @@ from slimlib import imagenet, paper
 from slimlib.imagenet import AsPublished, Pictures, class_names, prepare, subset, wnids
 from slimlib.machines import load_machine, to_tensor
 from slimlib.scales import Scale
+from slimlib.scenes import PocketScenes
 
 LABELS = (999, 1, 500)
 
@@ -207,8 +209,6 @@ def test_protocols() -> None:
 
 def test_machines_look_as_their_makers_did(world: Scale) -> None:
     """Against timm's own transform: 256 crop, then the centre."""
-    import timm
-
     machine = load_machine(world.machine_a, "cpu")
     looking = AsPublished(machine)
     assert (looking.whole, machine.size) == (round(64 / 0.875), 64)
@@ -221,6 +221,60 @@ def test_machines_look_as_their_makers_did(world: Scale) -> None:
     with torch.no_grad():
         centre = to_tensor(at_once)[..., 4 : 4 + 64, 4 : 4 + 64]
         torch.testing.assert_close(looking(to_tensor(at_once)), machine(centre))
+
+
+def test_crops_as_timm_makes_them(world: Scale) -> None:
+    """resnet50.a1_in1k's crop_pct of 0.95 makes neither size nor margin a whole number: 224 / 0.95 = 235.8."""
+    from torchvision.transforms import CenterCrop, Resize
+
+    machine = load_machine(world.machine_a, "cpu")
+    for size, crop_pct in ((224, 0.95), (64, 0.95), (64, 0.9), (64, 1.0)):
+        machine.size, machine.net.pretrained_cfg["crop_pct"] = size, crop_pct
+        looking = AsPublished(machine)
+        config = {**machine.net.pretrained_cfg, "input_size": (3, size, size)}
+        resize, crop = timm.data.create_transform(**timm.data.resolve_data_config(config)).transforms[:2]
+        assert isinstance(resize, Resize) and isinstance(crop, CenterCrop) and looking.whole == resize.size
+        x = torch.arange(looking.whole**2 * 3.0).reshape(1, 3, looking.whole, looking.whole) / 3e5
+        machine.forward = lambda pictures: pictures
+        assert torch.equal(looking(x), crop(x))
+
+
+# ---- scenes ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_as_scenes(world: Scale, folder: Path, shards: str, tmp_path: Path) -> None:
+    (tmp_path / "val").symlink_to(folder)
+    found = imagenet.scenes(world, "test", 4, str(tmp_path))
+    assert len(found) == 4
+    names = class_names()
+    for i, (image, label) in enumerate(Pictures.open(str(folder), "validation", "", 4)):
+        scene = found[i]
+        assert (scene.label, scene.noun) == (label, names[label]) and scene.image.size == (64, 64)
+        assert scene.image.tobytes() == prepare(image, "crop", 64).tobytes()
+        assert scene.matte.shape == (64, 64) and 0 <= scene.matte.min() and scene.matte.max() <= 1
+        assert scene.mask(8, 8).shape == (8, 8)
+    with pytest.raises(ValueError, match="Name the split's own folder"):
+        imagenet.scenes(world, "train", 4, str(tmp_path))
+    pattern = shards.replace("validation", "{split}")
+    assert {s.label for s in imagenet.scenes(world, "test", 4, pattern)} <= set(LABELS)
+    with pytest.raises(FileNotFoundError, match="train"):
+        imagenet.scenes(world, "train", 4, pattern)
+    with pytest.raises(ValueError, match="name ImageNet in `data`"):
+        imagenet.scenes(world, "test", 4)
+    pocket = imagenet.scenes(Scale.from_name("pocket"), "test", 4)
+    assert isinstance(pocket, PocketScenes) and pocket.size == 128
+
+
+def test_the_bench_is_that_of_the_tables(world: Scale, folder: Path, tmp_path: Path) -> None:
+    """What notebook 07 measures again is the same experiment: one key, one order of pictures."""
+    (tmp_path / "val").symlink_to(folder)
+    bench = imagenet.Bench.open(world, 4, str(tmp_path))
+    codec = imagenet.open_codec(world)
+    table = imagenet.Bench.of_pictures(codec, world, Pictures.open(str(folder), "validation", "", 8), "crop")
+    assert bench.key == table.key
+    assert [s.label for s in bench.scenes] == [s.label for s in table.scenes][:4]
+    assert bench.make_batch([2]).images[0].tobytes() == bench.scenes[2].image.tobytes()
+    assert bench.machines[1].top5(bench.scenes[0].image)[0][0] in bench.machines[1].classes
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -270,6 +324,7 @@ def test_evaluation_survives_kill_9(world: Scale, folder: Path, shards: str, tmp
     assert one == other, "what was interrupted, read from a folder, equals what was not, read from shards"
     assert {(row["method"], row["variant"]) for row in one} >= {("SLIM", ""), ("SLIM", "no diffusion"), ("WebP", "")}
     facts = json.loads((tmp_path / "out/crop-64/evaluation.json").read_text())
+    assert (tmp_path / "out/crop-64/times.csv").exists(), "notebook 07 reads all four files"
     assert facts["protocol"] == "crop" and facts["size"] == 64 and "n_" not in facts["pictures"]
     for row in one:
         assert int(row["scenes"]) == 6 and float(row["top1_b_low"]) <= float(row["top1_b"]) <= float(row["top1_b_high"])

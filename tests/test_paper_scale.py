@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import papermill
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from slimlib import paper
+from slimlib import imagenet, paper, training
 from slimlib.caption import Captioner, CaptionPrior
 from slimlib.codec import CAPTION_PRIOR, SlimCodec
 from slimlib.imagenet import Pictures, wnids
@@ -29,6 +30,7 @@ from slimlib.roi import ClipSeg, gradcam, latent_mask
 from slimlib.scales import PAPER, Scale, hub_error, split_revision
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
 from slimlib.training import main as train_main
+from slimlib.tutorial import NOTEBOOKS, run_notebook
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,18 @@ def make_imagenet(root: Path, count: int) -> Path:
 # ---- names ------------------------------------------------------------------------------------------------------
 
 
-def test_revisions_and_overrides(tmp_path: Path) -> None:
+def test_revisions_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert split_revision("owner/name@refs/pr/5") == ("owner/name", "refs/pr/5")
     assert split_revision("owner/name") == ("owner/name", None)
     odd = tmp_path / "a@b"
     odd.mkdir()
     assert split_revision(odd) == (str(odd), None)
+    monkeypatch.chdir(tmp_path)
+    assert Scale.from_name("paper") == PAPER
+    (tmp_path / PAPER.compressor).mkdir(parents=True)
+    assert Scale.from_name("paper") == PAPER
+    (tmp_path / f"{PAPER.compressor}_stage2").mkdir()
+    assert Scale.from_name("paper").compressor == f"{PAPER.compressor}_stage2", "the last stage that there is"
     scale = Scale.from_name("paper").with_(ldm="stable-diffusion-v1-5/stable-diffusion-v1-5@fp16")
     assert scale.machine_a == PAPER.machine_a and scale.ldm.endswith("@fp16")
 
@@ -355,6 +363,14 @@ def test_two_processes_have_the_loss_curve_of_one_with_the_same_batch(cache: Pat
         torch.testing.assert_close(value.float(), weights[1][key].float(), atol=2e-3, rtol=2e-3)
 
 
+def test_shards_of_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP and DeepSpeed need a GPU; what accelerate would say there."""
+    for kind in training.SHARDED:
+        monkeypatch.setattr(training.Accelerator, "distributed_type", kind, raising=False)
+        with pytest.raises(ValueError, match=rf"{kind.value}.*plain DDP"):
+            training._accelerator("cpu")
+
+
 def test_the_average_of_the_weights_is_the_result(cache: Path, tmp_path: Path) -> None:
     found = Cache.open(cache)
     masks, options = found.pool.masks[:, None], {"progress": False, "device": "cpu"}
@@ -398,14 +414,87 @@ def test_the_command_trains_on_a_cache(world: Scale, cache: Path, tmp_path: Path
     for name in ("one", "two"):
         codec = SlimCodec.from_pretrained(world.with_(compressor=str(tmp_path / name)), device="cpu")
         assert codec.prior is not None and codec.prior.words
+        card = json.loads((tmp_path / name / "card.json").read_text())["training"]
+        assert card["steps"] == 1 and "70 pictures" in card["data"] and f"--out {tmp_path / name}" in card["command"]
 
 
 # ---- memory and costs ---------------------------------------------------------------------------------------------
 
 
-def test_the_check_of_memory_runs_and_refuses(world: Scale) -> None:
-    said: list[str] = []
-    peak = paper.check(Path(world.ldm).parent, memory=64, size=64, progress=said.append)
-    assert len(said) == 4 and 0 < peak < 64
-    with pytest.raises(MemoryError, match="are allowed"):
-        paper.check(Path(world.ldm).parent, memory=0.1, size=64, progress=said.append)
+def test_the_check_of_memory_runs_and_refuses(
+    world: Scale, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, said = Path(world.ldm).parent, []
+    monkeypatch.setattr(paper, "free_memory", lambda: 65 * 10**9)
+    peak = paper.check(folder, memory=64, size=64, progress=said.append)
+    assert 0 < peak < 64 and len(said) == 5 and f"{peak:.2f} GB" in said[-1] and "64 GB are allowed" in said[-1]
+    command = ["check", "--folder", str(folder), "--size", "64", "--memory"]
+    assert paper.main([*command, "0.1"]) == 1
+    assert "the peak was" in (said := capsys.readouterr()).err and "compress" in said.out
+    assert paper.main([*command, "66"]) == 1
+    assert "65.0 GB are free, up to 66 GB may be needed" in (said := capsys.readouterr()).err and not said.out
+    monkeypatch.setattr(paper.shutil, "disk_usage", lambda path: type("usage", (), {"free": 6 * 10**9})())
+    assert paper.main(["check", "--folder", str(tmp_path / "new")]) == 1
+    assert "6.0 GB are free" in capsys.readouterr().err and not (tmp_path / "new").exists(), "said before it begins"
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"memory.max": "2000000000\n", "memory.current": "500000000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self: files[self.name])
+    assert paper.free_memory() == 1_500_000_000
+    files["memory.max"] = "max\n"
+    assert paper.free_memory() > 0
+
+
+# ---- notebooks 05, 06 and 07 at this scale ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Stand-ins, their latents of about unit variance; ImageNet with train/ and val/; and a table of the evaluation."""
+    root = tmp_path_factory.mktemp("experiment")
+    scale = paper.save_stand_in(root / "models", tiny=True)
+    path = Path(scale.ldm) / "vae/config.json"
+    config = json.loads(path.read_text())
+    spread = float(LatentDiffusion.from_pretrained(scale.ldm, device="cpu").encode(torch.rand(2, 3, 128, 128)).std())
+    path.write_text(json.dumps(config | {"scaling_factor": config["scaling_factor"] / spread}))
+    for split, count in (("train", 32), ("val", 28)):
+        make_imagenet(root / "imagenet" / split, count)
+    evaluate = ["--data", str(root / "imagenet/val"), "--n", "6", "--scale", str(root / "models"), "--device", "cpu"]
+    few = ["--qualities", "0", "0.4", "0.8", "--variants", "all", "--quiet"]
+    imagenet.main([*evaluate, *few, "--work", str(root / "work"), "--out", str(root / "tables")])
+    return {"scale": str(root / "models"), "data": str(root / "imagenet"), "results": str(root / "tables/crop-128")}
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("05_stage1_training", {"n_train": 16, "n_test": 24, "scene_index": 3, "train_steps": 24, "batch": 4}),
+        (
+            "06_stage2_training",
+            {
+                "n_train": 8,
+                "n_test": 6,
+                "train_steps": 2,
+                "lora_steps": 1,
+                "batch": 4,
+                "n_views": 2,
+                "qualities": [0.4, 0.8],
+                "scene_index": 3,
+            },
+        ),
+        (
+            "07_evaluation",
+            {"n_scenes": 6, "live_qualities": [0.4], "gallery_scenes": [3], "coverage_trials": 100, "time_scenes": 1},
+        ),
+    ],
+)
+def test_the_lessons_run_at_this_scale(name: str, small: dict, experiment: dict[str, str], tmp_path: Path) -> None:
+    """The same notebooks, by papermill, with the parameters that name other models and other pictures."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    known = papermill.inspect_notebook(str(path))
+    parameters = small | {key: value for key, value in experiment.items() if key in known}
+    assert set(parameters) <= set(known) and {"scale", "data"} <= set(known)
+    result = run_notebook(path, tmp_path, parameters, time_limit=600)
+    assert result.ok, result.problem

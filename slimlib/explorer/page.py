@@ -12,17 +12,20 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 import ipywidgets as widgets
+import torch
 from PIL import Image
 
 from slimlib.baselines import CODECS
 from slimlib.codec import StreamReport
 from slimlib.evaluation import CLASSIC_NAMES
 from slimlib.explorer.engine import (
+    CURVES_SIZE,
     MAX_SEED,
     MAX_STEPS,
     RIVALS,
@@ -38,10 +41,14 @@ from slimlib.explorer.engine import (
 )
 from slimlib.plots import PART_COLOURS
 
-THUMBNAILS = (14, 43, 86, 92, 138, 12, 15, 79, 45, 29, 35, 84)
+T = TypeVar("T")
+
+THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)
 """Test scenes in the strip."""
-SIDE = 176
-"""Side of a picture's box on the page, in CSS pixels."""
+SIDE = "var(--side)"
+"""Side of a picture's box on the page: the style sheet says how long it is, by the room that there is."""
+CURVES = f"calc(2 * {SIDE} + 20px)"
+"""Width of the curves: as two pictures."""
 EXPLORE = "Explore"
 PATIENCE = 0.5
 """Seconds after which progress is shown."""
@@ -53,50 +60,63 @@ TITLES = {
     "bits": ("Where the bits went", "yellow: most, black: none"),
     "before": ("Before the UNet", ""),
     "after": ("After the UNet", ""),
-    "error": ("Error", "black: none; white: a quarter of the range or more"),
+    "error": ("Error", "white: off by a quarter of the range or more"),
 }
 
+NOTHING = Image.new("RGB", (1, 1), "#ededed")
+"""In the place of a picture that is not there."""
+
 STYLE = """<style>
-.slim{font:14px/1.4 system-ui,-apple-system,"Segoe UI",sans-serif;color:#1a1a1a;max-width:1240px}
+.slim{container-type:inline-size;color:#1a1a1a;background:#fff}
+.slim>*{--side:176px;--u:1px;--f:14px;--s:12px;max-width:1240px;
+font:var(--f)/1.4 system-ui,-apple-system,"Segoe UI",sans-serif}
+@container (min-width:1640px){.slim>*{--side:240px;--u:1.2px;--f:17px;--s:15px;max-width:1640px;
+--jp-widgets-font-size:15.5px}}
 .slim *{box-sizing:border-box}
-.slim h1{font-size:22px;margin:0 0 2px;line-height:1.2}
+.slim h1{display:inline;font-size:calc(var(--f) + 8px);margin:0 14px 0 0;line-height:1.3}
 .slim p{margin:0}
-.slim .widget-html,.slim .widget-html-content{line-height:1.35;font-size:13px;overflow:visible}
+.slim .widget-html,.slim .widget-html-content{line-height:1.35;font-size:calc(var(--f) - 1px);overflow:visible}
 .slim .slim-fig{flex:0 0 auto;overflow:hidden}
+.slim img{margin:0}
 .slim .slim-fig img{object-fit:contain;background:#ededed;border:1px solid #c4c4c4;transition:opacity .15s}
 .slim .slim-old img,.slim .slim-old .slim-note{opacity:.3;transition:opacity .2s .35s}
-.slim b.t{display:block;font-size:13.5px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-.slim .slim-note{font-size:12px;line-height:1.3;color:#404040;height:66px;overflow:hidden}
+.slim .slim-fig b,.slim .slim-head{display:block;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+.slim .slim-fig b{font-size:calc(var(--s) + .5px)}
+.slim .slim-head{font-size:calc(var(--f) - .5px)}
+.slim .slim-note{font-size:var(--s);line-height:1.3;color:#404040;height:4em;overflow:hidden}
 .slim .ok{color:#00558c;font-weight:600}.slim .no{color:#b34700;font-weight:600}
-.slim .slim-say{min-height:24px;padding:2px 8px;border-left:4px solid transparent}
+.slim .slim-say{height:32px;padding:0 8px;border-left:4px solid transparent;line-height:1.2;display:flex;
+align-items:center;overflow:hidden}
 .slim .slim-say.bad{border-color:#d55e00;background:#fdeee4}
 .slim .slim-say.good{border-color:#0072b2;background:#e8f2f9}
-.slim .slim-sum{font-size:16px;height:26px;white-space:nowrap;overflow:hidden}
+.slim .slim-sum{font-size:calc(var(--f) + 2px);height:1.6em;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .slim .slim-sum progress{width:110px;vertical-align:middle}
 .slim .bar{display:flex;height:16px;width:100%;background:#ededed}.slim .bar i{display:block;height:16px}
-.slim .key{font-size:12px;height:20px;overflow:hidden;white-space:nowrap}.slim .key i{display:inline-block;width:10px;
-height:10px;margin:0 4px 0 10px}
-.slim table.top5{border-collapse:collapse;width:100%;table-layout:fixed;font-size:12px}
+.slim .key{font-size:var(--s);height:1.7em;overflow:hidden;white-space:nowrap}
+.slim .key i{display:inline-block;width:10px;height:10px;margin:0 4px 0 10px}
+.slim table.top5{border-collapse:collapse;width:100%;table-layout:fixed;font-size:var(--s)}
 .slim .top5 th{text-align:left;font-weight:600;padding:2px 6px 2px 0;vertical-align:bottom}
-.slim .top5 td{padding:1px 10px 1px 0;height:20px;white-space:nowrap;overflow:hidden}
+.slim .top5 td{padding:1px 10px 1px 0;white-space:nowrap;overflow:hidden}
 .slim .top5 td div{display:flex;justify-content:space-between;padding:0 4px;overflow:hidden}
 .slim .slim-curve{position:relative;overflow:hidden}
 .slim .slim-curve .widget-html,.slim .slim-curve .widget-html-content{position:absolute;inset:0;margin:0;height:100%}
-.slim .slim-curve .dot{position:absolute;width:14px;height:14px;margin:-7px;border-radius:50%;background:#fff;
-border:4px solid #1a1a1a}.slim .slim-curve .line{position:absolute;top:4%;bottom:17%;border-left:1.5px dashed #1a1a1a}
+.slim .slim-curve .dot{position:absolute;width:16px;height:16px;margin:-8px;border-radius:50%;background:#fff;
+border:4px solid #1a1a1a;box-shadow:0 0 0 2px #fff}
+.slim .slim-curve .line{position:absolute;top:4%;bottom:17%;border-left:1.5px dashed #1a1a1a}
 .slim pre.code{margin:2px 0;padding:6px 8px;background:#f4f4f4;border:1px solid #c4c4c4;font:12px/1.35 ui-monospace,
 "Liberation Mono",Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;user-select:all}
 .slim a{color:#00558c;text-decoration:underline}
 .slim a.save{display:inline-block;padding:3px 10px;background:#0072b2;color:#fff;text-decoration:none;border-radius:2px;
-line-height:22px}.slim a.save[aria-disabled]{background:#767676}
-.slim a:focus-visible,.slim button:focus-visible,.slim input:focus-visible,.slim .noUi-handle:focus,.slim pre:focus{
-outline:3px solid #1a1a1a;outline-offset:2px}
-.slim .slim-thumb{width:66px;height:66px;padding:0;margin:0 4px 0 0;background-size:cover;border:2px solid #fff;
-display:flex;align-items:flex-end;overflow:hidden;font-size:11px;line-height:16px;font-weight:600;color:#fff;
-text-shadow:0 0 2px #000,0 0 3px #000,0 0 5px #000}
+line-height:22px}
+.slim a:focus-visible,.slim button:focus-visible,.slim input:focus-visible,.slim .noUi-handle:focus,.slim pre:focus,
+.slim summary:focus-visible{outline:3px solid #1a1a1a;outline-offset:2px}
+.slim .slim-thumb{width:calc(66*var(--u));height:calc(66*var(--u));padding:0;margin:0 4px 0 0;background-size:cover;
+border:2px solid #fff;display:flex;align-items:flex-end;overflow:hidden;font-size:calc(var(--s) - 1.5px);
+line-height:16px;font-weight:600;color:#fff;text-shadow:0 0 2px #000,0 0 3px #000,0 0 5px #000}
 .slim .slim-thumb::before{display:none}
 .slim .slim-thumb.slim-on{border:4px solid #0072b2}
-.slim .slim-file{font-size:0}.slim .slim-file::after{font-size:13px}.slim .slim-photo::after{content:"a photograph …"}
+.slim .slim-file{font-size:0}.slim .slim-file::after{font-size:var(--jp-widgets-font-size)}
+.slim .slim-photo::after{content:"a photograph …"}
 .slim .slim-stream::after{content:"open .slim …"}
 .slim .widget-toggle-button{min-width:0}.slim .widget-toggle-button.mod-active{background:#0072b2;color:#fff}
 .slim .widget-label{color:#1a1a1a}
@@ -119,7 +139,7 @@ class Page:
             explorer: the models; those that are shipped if None.
             query: settings from a link (see `Settings.query`); None takes that of the page's address under Voila.
         """
-        self.explorer = explorer or Explorer()
+        self.explorer = explorer or _apart(Explorer)
         self.defaults = Settings(weights=self.explorer.weights[0])
         self.photo: Source | None = None
         self.view: View | None = None
@@ -135,11 +155,15 @@ class Page:
         self._worker, self._beside = Newest(self._post(self._deliver)), Newest(self._post(self._deliver_rival))
         self._build()
         settings = self._from_link(os.environ.get("QUERY_STRING", "") if query is None else query)
-        self._set(settings)
         start = time.perf_counter()
-        for view in self.explorer.look(settings):
-            self._show(view, time.perf_counter() - start)
-        self._ask_rivals()
+        views = _apart(lambda: [(view, time.perf_counter() - start) for view in self.explorer.look(settings)])
+        source, size = self.explorer.scene(settings.scene), views[0][0].report.size
+        rivals = _apart(lambda: list(self.explorer.rivals(source, size)))  # what comes while a page loads may be lost
+        self._set(settings)
+        for view, seconds in views:
+            self._show(view, seconds)
+        for rival in rivals:
+            self._show_budgeted(self.rivals[rival.name], rival, source)
         for control in (self.quality, self.steps, self.t0, self.auto_t0, self.weights, self.caption, self.words):
             control.observe(self._changed, "value")
         for control in (self.seed, self.scene, self.size, self.tab):
@@ -172,7 +196,7 @@ class Page:
             settings = replace(self.defaults, **Settings.named(query))
             if settings.weights not in self.explorer.weights:
                 raise ValueError(f"the weights of {settings.weights} are not here")
-            self.explorer.scene(settings.scene)
+            _apart(lambda: self.explorer.scene(settings.scene))
             return settings
         except (ValueError, IndexError) as error:
             self._say(str(error), "bad")
@@ -229,12 +253,15 @@ class Page:
         if view is None or view.source is None:
             return
         source, size = view.source, view.report.size
+        for figure in self.rivals.values():
+            figure.add_class("slim-old")
 
         def job() -> Iterator[Any]:
             yield None
             time.sleep(REST)
             yield None  # a chance to be dropped before the work begins
-            for rival in self.explorer.rivals(source, size):
+            rivals = self.explorer.rivals(source, size)
+            while rival := _apart(lambda: next(rivals, None)):
                 yield view, rival
 
         self._beside.submit(job)
@@ -300,8 +327,11 @@ class Page:
         elif number != newest:
             return
         elif isinstance(result, Budgeted):
+            source = self.photo or self.explorer.scene(self.scene.value)
             figure = self.budgeted.get(result.name) or self.budgeted["SLIM"]  # one place for all its weights
-            self._show_budgeted(figure, result, self.photo or self.explorer.scene(self.scene.value))
+            if figure is self.budgeted["SLIM"]:
+                self.original.set("Original", source.image, _marks(source.guesses, source))
+            self._show_budgeted(figure, result, source)
         elif isinstance(result, Source):
             self.photo = result
             self._say(f"{result.name}: {result.note}", "good")
@@ -336,6 +366,7 @@ class Page:
             title, note = TITLES[name]
             if name == "original" and view.source:
                 title = view.source.name
+                note = note if view.source.matte is not None else "orange: what the captioner sees"
             if name in view.guesses:
                 note = _marks(view.guesses[name], view.source)
             if name in view.pictures:
@@ -358,8 +389,10 @@ class Page:
             across, down, accuracy = place
             self.point.value = (
                 f'<i class="line" style="left:{100 * across:.2f}%"></i><i class="dot" style="left:{100 * across:.2f}%;'
-                f'top:{100 * down:.2f}%" title="{accuracy:.0f}% at {report.bpp:.3f} bpp"></i>'
+                f'top:{100 * down:.2f}%"></i>'
             )
+            self.place.value = _head(f"At this rate B knows {accuracy:.0f}&nbsp;% of the test scenes")
+        self.within.value = _head(f"Classic codecs within the same {report.size} bytes") if view.source else ""
         if not view.source:
             for figure in self.rivals.values():
                 figure.blank()
@@ -410,44 +443,46 @@ class Page:
         """All controls and places, and how they stand together."""
         self.message, self.summary, self.bytes = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.top5, self.share, self.point = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.within, self.place = widgets.HTML(_head("Classic codecs")), widgets.HTML(_head(""))
         self.tab = widgets.ToggleButtons(options=[EXPLORE, "At a fixed budget"])
         self.figures = {name: _Figure(title) for name, (title, _) in TITLES.items()}
         self.rivals = {CLASSIC_NAMES[codec]: _Figure(CLASSIC_NAMES[codec]) for codec in RIVALS}
         names = ["SLIM", *self.explorer.pixel_codecs, *(CLASSIC_NAMES[codec] for codec in CODECS)]
         self.budgeted = {name: _Figure(name) for name in names}
+        self.original = _Figure("Original")
 
         if self._curves:
-            curve = widgets.Image(value=self._curves.png, width=372, height=236)
+            full = {"width": "100%", "height": "100%"}
+            curve = widgets.Image(value=self._curves.png, layout=full)
         else:
             curve = widgets.HTML("<p>No rate-accuracy curves: assets/results is not there yet (make reproduce).</p>")
-        curves = widgets.Box([curve, self.point], layout={"width": "372px", "height": "236px", "flex": "0 0 auto"})
+        size = {"width": CURVES, "height": f"calc({CURVES} * {CURVES_SIZE[1] / CURVES_SIZE[0]:.4f})"}
+        curves = widgets.Box([curve, self.point], layout={**size, "flex": "0 0 auto"})
         curves.add_class("slim-curve")
+        classic = widgets.VBox([self.within, _row(self.rivals.values())])
+        below = _row([classic, widgets.VBox([self.place, curves])])
         self._explore = widgets.VBox(
-            [
-                self.summary,
-                self.bytes,
-                _row(self.figures.values()),
-                _row([*self.rivals.values(), curves]),
-                self.top5,
-            ],
-            layout={"flex": "1 1 560px"},
+            [self.summary, self.bytes, _row(self.figures.values()), below, self.top5], layout={"flex": "1 1 560px"}
         )
         self.size = widgets.BoundedIntText(
-            value=150, min=10, max=100_000, description="bytes", layout={"width": "150px"}
+            value=150, min=10, max=100_000, description="bytes", layout={"width": _length(150)}
         )
-        text = "Every codec does its best within so many bytes: SLIM by its quality, the others by theirs, or smaller."
+        self.size.style.description_width = _length(40)
+        text = "Each codec does its best within so many bytes. The classic ones may also shrink the picture first."
+        asked = widgets.HBox([self.size, widgets.HTML(text)], layout={"align_items": "center"})
         self._budget = widgets.VBox(
-            [widgets.HBox([self.size, widgets.HTML(text)]), _row(self.budgeted.values())],
-            layout={"flex": "1 1 560px", "display": "none"},
+            [asked, _row([self.original, *self.budgeted.values()])], layout={"flex": "1 1 560px", "display": "none"}
         )
         front = widgets.Box(
             [self._controls(), self._explore, self._budget], layout={"flex_flow": "row wrap", "width": "100%"}
         )
         title = (
-            "<h1>What does the machine still see?</h1><p>SLIM keeps what a classifier needs, in a few bytes. Slide the "
-            "quality; pick a scene, or bring a photograph.</p>"
+            "<h1>What does the machine still see?</h1> SLIM keeps what a classifier needs, in a few bytes. Slide the "
+            "quality; pick a scene, or bring a photograph."
         )
-        parts = [widgets.HTML(STYLE), widgets.HTML(title), self._strip(), self.tab, self.message, front]
+        self.message.layout.flex = "1 1 400px"
+        bar = widgets.HBox([self.tab, self.message])
+        parts = [widgets.HTML(STYLE, layout={"display": "none"}), widgets.HTML(title), self._strip(), bar, front]
         self._say("")
         self.box = widgets.VBox(parts)
         self.box.add_class("slim")
@@ -465,12 +500,12 @@ class Page:
             rules.append(f".slim .slim-scene{index}{{background-image:url(data:image/webp;base64,{data})}}")
             self.thumbs.append(thumb)
         last = len(self.explorer.scenes) - 1
-        self.scene = widgets.BoundedIntText(min=0, max=last, description="scene", layout={"width": "115px"})
-        self.scene.style.description_width = "40px"
+        self.scene = widgets.BoundedIntText(min=0, max=last, description="scene", layout={"width": _length(115)})
+        self.scene.style.description_width = _length(40)
         self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif", description="a photograph", icon="")
         self.opener = widgets.FileUpload(accept=".slim", description="open .slim", icon="")
         for upload, kind in ((self.camera, "slim-photo"), (self.opener, "slim-stream")):
-            upload.layout = {"width": "118px"}
+            upload.layout = {"width": _length(126)}
             upload.add_class("slim-file")  # the widget's own label counts files
             upload.add_class(kind)
         style = widgets.HTML(f"<style>{''.join(rules)}</style>", layout={"display": "none"})
@@ -478,20 +513,23 @@ class Page:
         return widgets.Box([*self.thumbs, files, style], layout={"flex_flow": "row wrap", "align_items": "center"})
 
     def _controls(self) -> widgets.Widget:
-        wide: dict[str, Any] = {"layout": {"width": "276px"}, "style": {"description_width": "54px"}}
+        wide: dict[str, Any] = {"layout": {"width": _length(276)}, "style": {"description_width": _length(54)}}
         self.quality = widgets.FloatSlider(min=0, max=1, step=0.01, description="quality", readout_format=".2f", **wide)
+        self.quality.tooltip = "0: the smallest file; 1: the best picture"
         self.steps = widgets.IntSlider(min=0, max=MAX_STEPS, description="steps K", **wide)
+        self.steps.tooltip = "denoising steps of the UNet; 0 leaves it out"
         last = self.explorer.codec(self.explorer.weights[0]).ldm.scheduler.config.num_train_timesteps - 1
         self.t0 = widgets.IntSlider(min=0, max=last, description="t0", **wide)
+        self.t0.tooltip = "the noise level from which the UNet starts; 0 leaves it out"
         self.auto_t0 = widgets.Checkbox(description="t0 follows the quality", indent=False)
-        self.auto_t0.layout = {"width": "270px", "margin": "0 0 0 60px"}
+        self.auto_t0.layout = {"width": _length(216), "margin": f"0 0 0 {_length(60)}"}
         self.weights = widgets.ToggleButtons(options=self.explorer.weights)
         self.caption = widgets.ToggleButtons(options=["automatic", "none", "typed"])
         for choice in (self.weights, self.caption):
-            choice.style.button_width = "86px"
-        self.words = widgets.Text(placeholder="type a caption, even a wrong one", layout={"width": "276px"})
+            choice.style.button_width = _length(86)
+        self.words = widgets.Text(placeholder="type a caption, even a wrong one", layout={"width": _length(276)})
         self.seed = widgets.BoundedIntText(min=0, max=MAX_SEED, description="seed", **wide)
-        reset = widgets.Button(description="reset", layout={"width": "90px"})
+        reset = widgets.Button(description="reset", layout={"width": _length(86)})
         reset.on_click(self._reset)
         rate = [widgets.HTML("<b>Rate</b>"), self.quality]
         repair = [widgets.HTML("<b>Repair by the UNet</b>"), self.steps, self.t0, self.auto_t0, self.seed]
@@ -500,7 +538,24 @@ class Page:
         absent = f" (not here: {', '.join(missing)})" if missing else ""
         weights = [widgets.HTML(f"<b>Weights</b>{absent}"), self.weights]
         parts = [*rate, *words, *repair, *weights, reset, self.share]
-        return widgets.VBox(parts, layout={"width": "290px", "flex": "0 0 auto", "margin": "0 14px 0 0"})
+        return widgets.VBox(parts, layout={"width": _length(290), "flex": "0 0 auto", "margin": "0 14px 0 0"})
+
+
+def _apart(work: Callable[[], T]) -> T:
+    """The result of some work with the models, done in a thread that ends.
+
+    A thread that computes in parallel keeps helpers. Once all threads and helpers are more than the processor's cores,
+    OpenMP (libgomp) lets helpers sleep between two loops, and waking them makes an answer half as slow again. So the
+    page's worker shall be the only thread that has any.
+    """
+    threads = torch.get_num_threads()
+
+    def task() -> T:
+        torch.set_num_threads(threads)  # a new thread begins with the number that any other one has set last
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(task).result()
 
 
 class _Figure(widgets.VBox):
@@ -508,29 +563,40 @@ class _Figure(widgets.VBox):
 
     def __init__(self, title: str) -> None:
         self._title, self._note = widgets.HTML(), widgets.HTML()
-        self.image = widgets.Image(format="webp", width=SIDE, height=SIDE)
-        self.image.layout = {"width": f"{SIDE}px", "height": f"{SIDE}px"}
+        self.image = widgets.Image(format="webp", layout={"width": SIDE, "height": SIDE})
         super().__init__([self._title, self.image, self._note])
-        self.layout = {"width": f"{SIDE}px", "margin": "0 10px 0 0"}
+        self.layout = {"width": SIDE, "margin": "0 10px 0 0"}
         self.add_class("slim-fig")
         self._name = title
+        self._shown: Image.Image | None = None
         self.blank()
 
     def set(self, title: str, image: Image.Image, note: str) -> None:
         """Show a picture; the note is HTML, the title plain."""
-        self._title.value = f'<b class="t" title="{escape(title)}">{escape(title)}</b>'
-        self.image.value = _encoded(image)
+        self._title.value = f'<b title="{escape(title)}">{escape(title)}</b>'
+        if image is not self._shown:  # the original stays under a moving slider
+            self._shown, self.image.value = image, _encoded(image)
         self._note.value = f'<div class="slim-note">{note}</div>'
         self.remove_class("slim-old")
 
     def blank(self) -> None:
         """There is nothing to show here."""
-        self.set(self._name, Image.new("RGB", (1, 1), "#ededed"), "")
+        self.set(self._name, NOTHING, "")
 
 
 def _photo(view: View) -> Source | None:
     """The photograph that was compressed; None for a scene, whose outline is known, or an opened stream."""
     return view.source if view.source and view.source.matte is None else None
+
+
+def _length(units: int) -> str:
+    """In CSS: so many pixels on a laptop's screen, more where there is room."""
+    return f"calc({units} * var(--u))"
+
+
+def _head(text: str) -> str:
+    """What stands above a part of the page; the text is HTML."""
+    return f'<span class="slim-head">{text}</span>'
 
 
 def _row(children: Any) -> widgets.Box:
