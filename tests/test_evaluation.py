@@ -89,9 +89,9 @@ def test_half_the_rate_is_minus_fifty_percent() -> None:
 
 def test_curves_that_do_not_meet_are_refused() -> None:
     low = ([0.1, 0.2, 0.4], [10.0, 20, 30])
-    with pytest.raises(NoOverlap, match="10.00 to 30.00, the other 40.00 to 60.00: 0%"):
+    with pytest.raises(NoOverlap, match="10 to 30, the other 40 to 60: 0.0%"):
         bd_rate(low, ([0.1, 0.2, 0.4], [40.0, 50, 60]))
-    with pytest.raises(NoOverlap, match="10% of the whole"):
+    with pytest.raises(NoOverlap, match="10.0% of the whole"):
         bd_rate(low, ([0.1, 0.2, 0.4], [28.0, 29, 30]))
     with pytest.raises(NoOverlap, match="rates"):
         bd_accuracy(low, ([1.0, 2, 4], [10.0, 20, 30]))
@@ -113,7 +113,7 @@ def test_the_published_artefact() -> None:
     assert low > high, "nothing is common to both"
     a, t = ((np.polyval(p, high) - np.polyval(p, low)) / (high - low) for p in polynomials)
     assert 100 * (np.exp(t - a) - 1) == pytest.approx(-88.6, abs=0.5)
-    with pytest.raises(NoOverlap, match=r"51\.10 to 68\.30, the other 69\.80 to 75\.60"):
+    with pytest.raises(NoOverlap, match=r"51\.1 to 68\.3, the other 69\.8 to 75\.6"):
         bd_rate(anchor, test)
     fair = bd_rate(anchor, np.array(curves["TransTIC"]).T)  # these do meet
     assert -60 < fair.value < -55 and (fair.low, fair.high) == (59.3, 68.3)
