@@ -144,6 +144,7 @@ class SlimCodec:
         device: str | torch.device | None = None,
         exact: bool = True,
         max_pixels: int = MAX_PIXELS,
+        dtype: torch.dtype = torch.float32,
     ) -> SlimCodec:
         """Load a codec; captioner and machine follow when they are first needed.
 
@@ -151,6 +152,7 @@ class SlimCodec:
             name: "pocket", "paper", a folder laid out like assets/pocket, or a `Scale`.
             device: the best one at hand if None.
             exact, max_pixels: see the class.
+            dtype: precision in which the diffusion model computes.
 
         Raises:
             ValueError: no such scale, or weights that do not fit.
@@ -160,7 +162,7 @@ class SlimCodec:
         device = pick_device(device)
         compressor = LatentCompressor.from_pretrained(scale.compressor, device)
         prior = CaptionPrior.load(Path(scale.compressor) / CAPTION_PRIOR)
-        ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)
+        ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
         codec = cls(ldm, compressor, prior, exact=exact, max_pixels=max_pixels)
         codec._scale = scale
         return codec

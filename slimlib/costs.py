@@ -39,7 +39,7 @@ from .compressor import LatentCompressor
 from .evaluation import save_rows
 from .ldm import LatentDiffusion
 from .machines import Machine, load_machine, to_tensor
-from .paper import COMPRESSOR, CONFIGS, PUBLISHED, build, save_stand_in, write_apart
+from .paper import COMPRESSOR, PUBLISHED, build, save_stand_in, write_apart
 from .repro import autocast, describe_device, pick_device, quiet_libraries
 from .roi import gradcam, latent_mask, roi_crop
 from .scales import Scale
@@ -86,7 +86,7 @@ def count(what: str, size: int = 256, family: str = "sd21") -> Cost:
 
 def _frozen(what: str, size: int, family: str) -> tuple[nn.Module, Callable[..., Any], tuple[int, ...]]:
     """A network, how to run it, and the shape of the input that a gradient may go to (none: nobody asks for one)."""
-    side, tokens = size // 8, CONFIGS["captioner"]["text_config"]["vocab_size"]
+    side = size // 8
     if what == "UNet":
         unet = build(f"unet {family}")
         text, t = torch.zeros(1, 77, unet.config.cross_attention_dim), torch.zeros(1, dtype=torch.long)
@@ -104,7 +104,7 @@ def _frozen(what: str, size: int, family: str) -> tuple[nn.Module, Callable[...,
         return words, lambda: words(torch.zeros(1, 77, dtype=torch.long))[0], ()
     if what == "captioner":
         blip = build("captioner")
-        pixels, ids = torch.zeros(1, 3, 384, 384), torch.full((1, CAPTION_TOKENS), min(5, tokens))
+        pixels, ids = torch.zeros(1, 3, 384, 384), torch.full((1, CAPTION_TOKENS), 5)
         return blip, lambda: blip(pixel_values=pixels, input_ids=ids).logits, ()
     raise ValueError(f"no part {what!r}: expected one of {', '.join(PARTS)}")
 

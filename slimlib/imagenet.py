@@ -42,9 +42,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from .baselines import CODECS
-from .caption import CaptionPrior
-from .codec import CAPTION_PRIOR, SlimCodec
-from .compressor import LatentCompressor
+from .codec import SlimCodec
 from .evaluation import (
     BATCH,
     QUALITIES,
@@ -68,10 +66,9 @@ from .evaluation import (
     table,
     weights_key,
 )
-from .ldm import LatentDiffusion
 from .machines import Machine, load_machine, to_tensor
 from .pictures import as_rgb
-from .repro import atomic_write, pick_device, quiet_libraries
+from .repro import atomic_write, quiet_libraries
 from .roi import gradcam
 from .scales import Scale, hub_error, split_revision
 from .scenes import CLASSES, PocketScenes, Scene
@@ -395,7 +392,11 @@ class ImageNetScenes(Sequence):
         picture, label = self.pictures[index]
         image = prepare(picture, self.protocol, self.size)
         matte = gradcam(self.machine, to_tensor(image).to(self.machine.mean.device), label)[0, 0].cpu().numpy()
-        return Scene(image, matte, label, class_names()[label], "", False)
+        return _scene(image, matte, label)
+
+
+def _scene(image: Image.Image, matte: np.ndarray, label: int) -> Scene:
+    return Scene(image, matte, label, class_names()[label], "", False)
 
 
 def scenes(
@@ -438,9 +439,8 @@ class ImageNetBatch(Batch):
         self.images = [prepare(image, protocol, size) for image, _ in pairs]
         self.x, self.labels = to_tensor(self.images), torch.tensor([label for _, label in pairs])
         self.mattes = gradcam(machine, self.x.to(machine.mean.device), self.labels).cpu()
-        names = class_names()
         self.scenes = [
-            Scene(image, matte[0].numpy(), label, names[label], "", False)
+            _scene(image, matte[0].numpy(), label)
             for image, matte, (_, label) in zip(self.images, self.mattes, pairs, strict=True)
         ]
         self._latents, self._captions = {}, {}
@@ -495,7 +495,7 @@ class Bench:
     @classmethod
     def open(cls, scale: Scale, n: int, data: str = "", protocol: str = "crop") -> Bench:
         """For n scenes: those of `scenes`, with the same meaning of `data`."""
-        codec = open_codec(scale)
+        codec = SlimCodec.from_pretrained(scale, exact=False)
         test = scenes(scale, "test", n, data, protocol, codec.machine)
         if isinstance(test, ImageNetScenes):
             return cls.of_pictures(codec, scale, test.pictures, protocol)
@@ -521,19 +521,6 @@ class Bench:
         )
 
 
-def open_codec(scale: Scale, device: str | None = None, dtype: torch.dtype = torch.float32) -> SlimCodec:
-    """The codec of a scale, for batches, with its diffusion model in a precision of choice."""
-    where = pick_device(device)
-    codec = SlimCodec(
-        LatentDiffusion.from_pretrained(scale.ldm, scale.variant, where, dtype),
-        LatentCompressor.from_pretrained(scale.compressor, where),
-        CaptionPrior.load(Path(scale.compressor) / CAPTION_PRIOR),
-        exact=False,
-    )
-    codec._scale = scale
-    return codec
-
-
 def evaluate_imagenet(
     scale: Scale,
     pictures: Pictures,
@@ -557,8 +544,9 @@ def evaluate_imagenet(
     Returns:
         The table as text.
     """
-    bench = Bench.of_pictures(open_codec(scale, device, dtype), scale, pictures, protocol)
-    codec, key = bench.codec, bench.key
+    codec = SlimCodec.from_pretrained(scale, device, exact=False, dtype=dtype)
+    bench = Bench.of_pictures(codec, scale, pictures, protocol)
+    key = bench.key
     # One picture alone writes the bytes it writes in a batch where sums are taken in one order: not on a GPU.
     timed = TIMED if codec.ldm.device.type == "cpu" and dtype == torch.float32 else 0
     jobs: list[tuple[Method, int]] = [

@@ -147,7 +147,7 @@ def fit(
         decay = min(recipe.ema, (step + 1) / (step + 10))
         for name, module in modules.items():
             if recipe.ema:
-                _move_average(averages[f"{name}.ema"], module, decay)
+                repro.move_average(averages[f"{name}.ema"], module, decay)
         if step % 20 == 0:
             bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()})
         if time.time() - saved > 120:
@@ -167,14 +167,6 @@ def fit(
     }
     result = {name: averages.get(f"{name}.ema", module).eval() for name, module in modules.items()}
     return result, facts
-
-
-@torch.no_grad()
-def _move_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    for a, b in zip(average.parameters(), module.parameters(), strict=True):
-        a.lerp_(b, 1 - decay)
-    for a, b in zip(average.buffers(), module.buffers(), strict=True):
-        a.copy_(b)
 
 
 def _half(module: nn.Module) -> nn.Module:

@@ -171,6 +171,15 @@ def unpack_training(
     torch.set_rng_state(tensors["random/torch"])
 
 
+@torch.no_grad()
+def move_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
+    """Move a moving average towards the model: its weights a little, its constants all the way."""
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
+        mean.copy_(value)
+
+
 def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:
     """Write the model card `README.md` (for people) and `card.json` (the same, for tests) beside the weights.
 

@@ -49,6 +49,7 @@ from slimlib.repro import (
     begin,
     describe_device,
     load_state,
+    move_average,
     pack_training,
     pick_device,
     save_state,
@@ -204,7 +205,7 @@ def fit(
         if bool(norm.isfinite()):  # one bad batch must not end a long run
             stepper.step()
             if "average" in modules:
-                _follow(modules["average"], modules["compressor"], config.ema)
+                move_average(modules["average"], modules["compressor"], config.ema)
 
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
@@ -219,15 +220,6 @@ def fit(
         if out_of_time:
             break
     accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move a moving average towards the model: its weights a little, its constants all the way."""
-    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
-    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
-        mean.copy_(value)
 
 
 def _with_average(config: Stage1Config, model: LatentCompressor) -> dict[str, nn.Module]:
@@ -882,19 +874,11 @@ def _train_on_cache(a: argparse.Namespace, config: Stage1Config) -> None:
     done = load_state(work / "checkpoint.safetensors")[1]["step"]
     if Accelerator().is_main_process and done == config.steps:
         with atomic_folder(a.out) as folder:
-            model.save_pretrained(folder)
+            _save_weights(folder, model, work)
             cache.save_prior(folder)
-            if (work / "unet_lora").is_dir():
-                shutil.copytree(work / "unet_lora", folder / "unet_lora")
             data = json.loads((a.cache / "about.json").read_text())
-            facts = {
-                "command": "python -m slimlib.training " + shlex.join(a.words),
-                **{k: v for k, v in asdict(config).items() if k not in ("save_every", "log_every")},
-                "processes": int(os.environ.get("WORLD_SIZE", "1")),
-                "device": describe_device(device),
-                "seconds": round(time.monotonic() - start),
-                "data": f"{data['pictures']} pictures ({data['data']}), {data['protocol']} to {data['size']} px",
-            }
+            pictures = f"{data['pictures']} pictures ({data['data']}), {data['protocol']} to {data['size']} px"
+            facts = _facts(a, config, device, time.monotonic() - start, pictures)
             about = "Mean-scale hyperprior on the latent, one model for all rates; not measured here."
             write_card(folder, f"Compressor, stage {a.stage}", about, facts, {}, f"Latents of {data['models'][0]}.")
 
@@ -944,10 +928,8 @@ def _publish(
 
     work = run.work / "training" / a.out.name
     with atomic_folder(a.out) as folder:
-        model.save_pretrained(folder)
+        _save_weights(folder, model, work)
         (folder / CAPTION_PRIOR).write_bytes((a.start / CAPTION_PRIOR).read_bytes())
-        if (work / "unet_lora").is_dir():
-            shutil.copytree(work / "unet_lora", folder / "unet_lora")
     test = run.test_pool()
     latents = cached_latents(run, test, "test")
     machines = {name: _load_machine(a.models, name, run.device) for name in ("machine_a", "machine_b")}
@@ -959,20 +941,36 @@ def _publish(
     for row in evaluate_pictures(model, ldm, machines, latents, test, scenes=a.test_scenes):
         for name in machines:
             figures[f"top-1 of {name} at quality {row['quality']:g} [%]"] = round(row[name], 2)
-    facts = {
-        "command": "python -m slimlib.training " + shlex.join(a.words),
-        "start": "random weights" if a.stage == 1 and not a.warm else f"{a.start.parent.name}/{a.start.name}",
-        **{k: v for k, v in asdict(config).items() if k not in ("save_every", "log_every")},
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "device": describe_device(run.device),
-        "seconds": round(seconds),
-        "data": f"{scenes} training scenes of PocketScenes at 128 px",
-    }
+    first = "random weights" if a.stage == 1 and not a.warm else f"{a.start.parent.name}/{a.start.name}"
+    data = f"{scenes} training scenes of PocketScenes at 128 px"
+    facts = _facts(a, config, run.device, seconds, data, start=first)
     about = "Mean-scale hyperprior on the latent, one model for all rates, " + (
         "stage 1." if a.stage == 1 else "stage 2: trained on through the frozen UNet, VAE decoder and machine A."
     )
     write_card(a.out, f"Compressor, stage {a.stage}", about, facts, figures, SOURCE)
     print(json.dumps(figures, indent=1))
+
+
+def _save_weights(folder: Path, model: LatentCompressor, work: Path) -> None:
+    """The compressor, and the UNet's adapters where they were trained along."""
+    model.save_pretrained(folder)
+    if (work / "unet_lora").is_dir():
+        shutil.copytree(work / "unet_lora", folder / "unet_lora")
+
+
+def _facts(
+    a: argparse.Namespace, config: Stage1Config, device: torch.device, seconds: float, data: str, **more: str
+) -> dict[str, Any]:
+    """What a card says of the training."""
+    return {
+        "command": "python -m slimlib.training " + shlex.join(a.words),
+        **more,
+        **{k: v for k, v in asdict(config).items() if k not in ("save_every", "log_every")},
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "device": describe_device(device),
+        "seconds": round(seconds),
+        "data": data,
+    }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from slimlib import imagenet, paper
+from slimlib.codec import SlimCodec
 from slimlib.imagenet import AsPublished, Pictures, class_names, prepare, subset, wnids
 from slimlib.machines import load_machine, to_tensor
 from slimlib.scales import Scale
@@ -269,7 +270,7 @@ def test_the_bench_is_that_of_the_tables(world: Scale, folder: Path, tmp_path: P
     """What notebook 07 measures again is the same experiment: one key, one order of pictures."""
     (tmp_path / "val").symlink_to(folder)
     bench = imagenet.Bench.open(world, 4, str(tmp_path))
-    codec = imagenet.open_codec(world)
+    codec = SlimCodec.from_pretrained(world, exact=False)
     table = imagenet.Bench.of_pictures(codec, world, Pictures.open(str(folder), "validation", "", 8), "crop")
     assert bench.key == table.key
     assert [s.label for s in bench.scenes] == [s.label for s in table.scenes][:4]

@@ -164,9 +164,8 @@ class Page:
             self._show(view, seconds)
         for rival in rivals:
             self._show_budgeted(self.rivals[rival.name], rival, source)
-        for control in (self.quality, self.steps, self.t0, self.auto_t0, self.weights, self.caption, self.words):
-            control.observe(self._changed, "value")
-        for control in (self.seed, self.scene, self.size, self.tab):
+        slim = (self.quality, self.steps, self.t0, self.auto_t0, self.weights, self.caption, self.words, self.seed)
+        for control in (*slim, self.scene, self.size, self.tab):
             control.observe(self._changed, "value")
         for upload in (self.camera, self.opener):
             upload.observe(self._uploaded, "value")
