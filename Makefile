@@ -25,30 +25,30 @@ help: ## list these commands
 install: $(STAMP) ## make .venv and install everything (the other commands do this by themselves)
 
 tutorial: $(STAMP) ## execute the numbered notebooks in order, into runs/<date>_<time>/
-	$(PY) -m slimlib.tutorial $(ONLY)
+	$(PY) notebooks/run.py $(ONLY)
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	@# the limit is what a photograph brought to the explorer may have; without it Lab drops more than 10 MB in silence
 	$(PY) -m jupyterlab "--ServerApp.tornado_settings={'websocket_max_message_size': 268435456}" $(LAB_FLAGS) notebooks
 
 explorer: $(STAMP) ## open the bitrate explorer as a web page on this machine
-	$(PY) -m slimlib.explorer $(ARGS)
+	$(PY) -m slimlib explore $(ARGS)
 
 notebooks: $(STAMP) ## execute the notebooks and write them back with their outputs, ready to commit
-	$(PY) -m slimlib.tutorial --write $(ONLY)
+	$(PY) notebooks/run.py --write $(ONLY)
 
 reproduce: $(STAMP) ## measure all methods again and write assets/results (hours; goes on where it was stopped)
-	$(PY) -m slimlib.evaluation --reproduce $(ARGS)
+	$(PY) -m slimlib evaluate --reproduce $(ARGS)
 
 paper-check: $(STAMP) ## the full-size architectures with random weights: load, compress, train a step (minutes, 12 GB)
-	$(PY) -m slimlib.paper check $(ARGS)
+	$(PY) assets/paper/trial.py check $(ARGS)
 
 test: $(STAMP) ## all tests: units first, then notebooks, then the browser (where there is Chromium)
 	$(PY) -m pytest $(ARGS)
 
 lint: $(STAMP) ## style of code and notebooks
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check slimlib tests assets
+	$(PY) -m ruff format --check slimlib tests assets notebooks/run.py
 
 types: $(STAMP) ## static types of slimlib
 	$(PY) -m mypy

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 
-from slimlib import SlimCodec, plots
-from slimlib.baselines import nearest_size
+from slimlib import SlimCodec
+from slimlib.data.scenes import CLASSES, PocketScenes
 from slimlib.machines import load_machine
-from slimlib.repro import quiet_libraries
+from slimlib.measure import plots
+from slimlib.measure.baselines import nearest_size
 from slimlib.scales import ASSETS, Scale
-from slimlib.scenes import CLASSES, PocketScenes
+from slimlib.utils import quiet_libraries
 
 SCENES = (14, 52, 8)
 QUALITY = 0.75

@@ -1,213 +1,203 @@
-"""The codec from a shell.
+"""SLIM, an image codec for machines that decodes with a latent diffusion model.
 
-python -m slimlib compress photo.png photo.slim --quality 0.5
-python -m slimlib inspect photo.slim
-python -m slimlib decompress photo.slim photo-back.png
-python -m slimlib doctor --scale paper
+`python -m slimlib` does the same as `slim`, and `slim COMMAND --help` shows a command's options.
+
+Examples:
+  slim compress photo.jpg photo.slim
+  slim compress photo.jpg photo.slim --quality 0.8 --caption "a red fox"
+  slim inspect photo.slim
+  slim decompress photo.slim photo.png
+  slim decompress photo.slim plain.png --steps 0     (without the diffusion model)
+
+exit status: 0 done, 1 failed (the reason is on stderr), 2 wrong usage
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
+import math
+import os
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-# torch and the models' libraries take seconds to import: not for --help, and not for a mistyped command.
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import: not for --help, and not for a mistyped command
     from slimlib.codec import SlimCodec
 
-EXAMPLES = """\
-examples:
-  python -m slimlib compress photo.jpg photo.slim
-  python -m slimlib compress photo.jpg photo.slim --quality 0.8 --caption "a red fox"
-  python -m slimlib inspect photo.slim
-  python -m slimlib decompress photo.slim photo.png
-  python -m slimlib decompress photo.slim plain.png --steps 0     (before the diffusion model)
-  python -m slimlib doctor --scale paper
 
-exit status: 0 done, 1 failed (the reason is on stderr), 2 wrong usage
-"""
-
-
-class Failure(Exception):
-    """Something that the user can understand and mend; its text is all that gets printed."""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["doctor"]:  # has options of its own, and imports everything
-        from slimlib.doctor import main as doctor
-
-        return doctor(words[1:])
-    options = _parser().parse_args(words)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Wrong usage leaves by SystemExit with status 2."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    overview = argparse.ArgumentParser("slim", "slim COMMAND ...", __doc__, formatter_class=_Help)
+    overview.epilog = "commands:\n" + "\n".join(f"  slim {name:15}{what}" for name, (_, what) in COMMANDS.items())
+    overview.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    name = overview.parse_args(words[:1]).command
     try:
-        return options.run(options)
-    except Failure as failure:
-        reason = str(failure)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # StreamError, damaged pictures, missing or misfit models, full disks
-        reason = str(error)
+        return _run(name, words[1:])
     except KeyboardInterrupt:
-        print("slimlib: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(f"slimlib: {reason}", file=sys.stderr)
-    return 1
+        reason, status = "interrupted", 130
+    except Exception as error:
+        if "SLIM_TRACEBACK" in os.environ:
+            raise
+        reason, status = " ".join(str(error).split()) or type(error).__name__, 1
+        if not isinstance(error, (ValueError, OSError, FloatingPointError, ModuleNotFoundError)):  # not foreseen
+            reason = f"{type(error).__name__}: {reason} (SLIM_TRACEBACK=1 in the environment shows where)"
+    print(f"slim {name}: {reason}", file=sys.stderr)
+    return status
 
 
-def compress(options: argparse.Namespace) -> int:
-    if not options.picture.is_file():
-        raise Failure(f"there is no file {options.picture}")
-    _check_output(options.stream, options.force, options.picture)
-    codec = _load(options.scale)
+def _run(name: str, words: list[str]) -> int:
+    """Read the words behind a command's name into its dataclass of options, and call it."""
+    from transformers import HfArgumentParser
+
+    where = COMMANDS[name][0]
+    if isinstance(where, str):
+        module = import_module(where)
+        kind, command, *files = module.Options, module.command
+        about = examples = module.__doc__ or ""
+    else:
+        kind, command, *files = where
+        about, examples = kind.__doc__ or "", __doc__
+    usage = " ".join([f"slim {name}", *files, "[options]"])
+    parser = HfArgumentParser(kind, prog=f"slim {name}", usage=usage, formatter_class=_Help)
+    parser.description = about.partition("Examples:")[0]
+    parser.epilog = "examples:" + examples.partition("Examples:")[2]
+    for file in files:
+        parser.add_argument(file, type=Path, help=FILES[file])
+    try:
+        found = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    except ValueError as error:  # raised by the dataclass
+        parser.error(str(error))
+    options, *paths, unknown = found
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return command(options, **(vars(paths[0]) if paths else {}))
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """One spelling of each option, its default where that says something, and switches as what they switch."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.default is True:  # --no-... follows, and is what one may want to say
+            return
+        action = copy.copy(action)
+        action.option_strings = action.option_strings[-1:]
+        if action.const is not None:
+            action.nargs, action.help = 0, action.help if action.const else f"not: {action.help}"
+        elif action.default not in (None, "", [], argparse.SUPPRESS):
+            action.help = f"{action.help} (default: %(default)s)"
+        super().add_argument(action)
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})  # slimlib.utils.option, without that module's torch
+
+
+@dataclass
+class Inspect:
+    """Show what a .slim file holds, and who spent how many bytes."""
+
+    scale: str = _option("pocket", "pocket, paper, or a folder of models")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            most = 1 if name == "quality" else math.inf
+            if isinstance(value, (int, float)) and not 0 <= value <= most:
+                raise ValueError(f"argument --{name}: {value} is not a number from 0 to {most}")
+
+
+@dataclass
+class Decompress(Inspect):
+    """Decompress a .slim file to a picture."""
+
+    steps: int | None = _option(None, "the decoder's denoising steps, 0 for none (default: as the encoder chose)")
+    force: bool = _option(False, "overwrite the output if it is there")
+
+
+@dataclass
+class Compress(Decompress):
+    """Compress a picture to a .slim file."""
+
+    quality: float = _option(0.5, "0, smallest, to 1, best")
+    caption: str = _option("auto", "words to send along; 'auto' looks at the picture, 'none' sends none")
+    t0: int | None = _option(None, "the decoder's noise level (default: the compressor's table)")
+    seed: int = _option(0, "seed of the decoder's noise")
+
+
+def compress(options: Compress, picture: Path, stream: Path) -> int:
+    codec, start = _open(options.scale, picture, stream, options.force), time.perf_counter()
+    from slimlib.utils import write_file
+
     caption = None if options.caption == "none" else options.caption
-    stream, milliseconds = _timed(
-        lambda: codec.compress(
-            options.picture, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0
-        )
-    )
-    report = codec.inspect(stream)
-    _write(options.stream, stream)
+    data = codec.compress(picture, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
+    seconds, report = time.perf_counter() - start, codec.inspect(data)
+    write_file(stream, data)
     words = f'caption "{report.caption}"' if report.caption else "no caption"
-    print(
-        f"{options.stream}: {report.size} bytes, {report.bpp:.4f} bpp at {report.width} x {report.height}, "
-        f"{words}, {milliseconds:.0f} ms"
-    )
+    size = f"{report.size} bytes, {report.bpp:.4f} bpp at {report.width} x {report.height}"
+    print(f"{stream}: {size}, {words}, {1000 * seconds:.0f} ms")
     return 0
 
 
-def decompress(options: argparse.Namespace) -> int:
+def decompress(options: Decompress, stream: Path, picture: Path) -> int:
     from PIL import Image
 
-    data = _read(options.stream)
-    kind = Image.registered_extensions().get(options.picture.suffix.lower())
-    if kind is None or kind not in Image.SAVE:
-        raise Failure(f"cannot write a picture as {options.picture.name!r}: end its name in .png, .webp or .jpg")
-    _check_output(options.picture, options.force, options.stream)
-    codec = _load(options.scale)
-    picture, milliseconds = _timed(lambda: codec.decompress(data, steps=options.steps))
-    file = io.BytesIO()
-    picture.save(file, format=kind)
-    _write(options.picture, file.getvalue())
-    print(f"{options.picture}: {picture.width} x {picture.height} pixels, {milliseconds:.0f} ms")
+    kind = Image.registered_extensions().get(picture.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"cannot write a picture as {picture.name!r}: end its name in .png, .webp or .jpg")
+    codec, start = _open(options.scale, stream, picture, options.force), time.perf_counter()
+    from slimlib.utils import write_file
+
+    image = codec.decompress(stream.read_bytes(), steps=options.steps)
+    seconds, file = time.perf_counter() - start, io.BytesIO()
+    image.save(file, format=kind)
+    write_file(picture, file.getvalue())
+    print(f"{picture}: {image.width} x {image.height} pixels, {1000 * seconds:.0f} ms")
     return 0
 
 
-def inspect(options: argparse.Namespace) -> int:
-    data = _read(options.stream)
-    print(_load(options.scale).inspect(data))
+def inspect(options: Inspect, stream: Path) -> int:
+    print(_open(options.scale, stream).inspect(stream.read_bytes()))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m slimlib",
-        description="SLIM: an image codec for machines that decodes with a latent diffusion model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="compress | decompress | inspect | doctor")
-
-    one = commands.add_parser("compress", help="picture to .slim", description="Compress a picture to a .slim file.")
-    one.add_argument("picture", type=Path, help="anything Pillow opens")
-    one.add_argument("stream", type=Path, help="the .slim file to write")
-    one.add_argument("--quality", type=_quality, default=0.5, help="0, smallest, to 1, best (default: %(default)s)")
-    one.add_argument(
-        "--caption",
-        default="auto",
-        help="words to send along; 'auto' looks at the picture, 'none' sends none (default: %(default)s)",
-    )
-    one.add_argument("--steps", type=_count, help="denoising steps for the decoder (default: the compressor's)")
-    one.add_argument("--t0", type=_count, help="noise level for the decoder (default: the compressor's table)")
-    one.add_argument("--seed", type=_count, default=0, help="seed of the decoder's noise (default: %(default)s)")
-    one.set_defaults(run=compress)
-
-    two = commands.add_parser("decompress", help=".slim to picture", description="Decompress a .slim file.")
-    two.add_argument("stream", type=Path, help="a .slim file")
-    two.add_argument("picture", type=Path, help="the picture to write; its ending says how: .png, .webp, .jpg")
-    two.add_argument("--steps", type=_count, help="denoising steps (default: as the stream says; 0: none)")
-    two.set_defaults(run=decompress)
-
-    three = commands.add_parser("inspect", help="who spent what", description="Show what a .slim file holds.")
-    three.add_argument("stream", type=Path, help="a .slim file")
-    three.set_defaults(run=inspect)
-
-    commands.add_parser("doctor", help="is everything there, and what it should be?", add_help=False)
-
-    for command in (one, two, three):
-        command.add_argument(
-            "--scale", default="pocket", help="pocket, paper, or a folder of models (default: %(default)s)"
-        )
-    for command in (one, two):
-        command.add_argument("--force", action="store_true", help="overwrite the output if it is there")
-    return parser
-
-
-def _quality(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
-    return int(text)
-
-
-def _load(scale: str) -> SlimCodec:
+def _open(scale: str, source: Path, output: Path | None = None, force: bool = False) -> SlimCodec:
+    """The codec; what is wrong with the files is said before the models are loaded."""
+    with source.open("rb"):  # it is there, and may be read
+        pass
+    if output is not None:
+        if output.is_dir():
+            raise ValueError(f"{output} is a folder; name a file in it")
+        if not output.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {output.absolute().parent}; make it first")
+        if output.exists() and output.samefile(source):
+            raise ValueError(f"{output} is the input; name another output")
+        if output.exists() and not force:
+            raise ValueError(f"{output} is already there; add --force to overwrite it")
     print(f"loading the models ({scale}) ...", file=sys.stderr)
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*")  # CompressAI's import
     from slimlib.codec import SlimCodec
 
     return SlimCodec.from_pretrained(scale)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise Failure(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise Failure(f"{path} is a folder, not a .slim file") from None
-
-
-def _check_output(path: Path, force: bool, source: Path) -> None:
-    """Say no before the work is done rather than after."""
-    if path.is_dir():
-        raise Failure(f"{path} is a folder; name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise Failure(f"there is no folder {path.absolute().parent}; make it first")
-    if path.exists():
-        if path.samefile(source):
-            raise Failure(f"{path} is the input; name another output")
-        if not force:
-            raise Failure(f"{path} is already there; add --force to overwrite it")
-
-
-def _write(path: Path, data: bytes) -> None:
-    from slimlib.repro import atomic_write
-
-    atomic_write(path, data)
-
-
-def _timed(work: Callable) -> tuple:
-    """What a function returns, and how many milliseconds it took."""
-    start = time.perf_counter()
-    result = work()
-    return result, 1000 * (time.perf_counter() - start)
-
+FILES = {"picture": "anything that Pillow opens, or writes by its ending, such as .png", "stream": "a .slim file"}
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "compress": ((Compress, compress, "picture", "stream"), "picture to .slim"),
+    "decompress": ((Decompress, decompress, "stream", "picture"), ".slim to picture"),
+    "inspect": ((Inspect, inspect, "stream"), "what a .slim file holds, and who spent how many bytes"),
+    "train": ("slimlib.data.train", "train a compressor, stage 1 or 2"),
+    "evaluate": ("slimlib.measure.evaluation", "measure the codec and what it is compared with"),
+    "preprocess": ("slimlib.data.cache", "cache latents, masks and captions for training"),
+    "explore": ("slimlib.explorer.serve", "the bit-rate explorer, as a page on this machine"),
+    "costs": ("slimlib.measure.costs", "what the experiment costs, counted"),
+    "doctor": ("slimlib.measure.doctor", "is everything there, and what it should be?"),
+}
+"""A module has `Options`, a dataclass whose fields carry their help, `command(options)`, and examples in its text."""
 
 if __name__ == "__main__":
     sys.exit(main())

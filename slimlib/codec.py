@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -22,52 +21,37 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from slimlib.caption import Captioner, CaptionPrior, normalise
+from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior, normalise
 from slimlib.compressor import LatentCompressor, quality_byte
 from slimlib.entropy import FrequencyTable, RangeDecoder, RangeEncoder
-from slimlib.ldm import LatentDiffusion
-from slimlib.machines import Machine, load_machine, to_images, to_tensor
-from slimlib.pictures import MAX_PIXELS, Picture, as_rgb
-from slimlib.repro import pick_device
+from slimlib.images import MAX_PIXELS, Picture, as_rgb, to_images, to_tensor
+from slimlib.ldm import LatentDiffusion, last
+from slimlib.machines import Machine, load_machine
 from slimlib.roi import gradcam, roi_crop
 from slimlib.scales import Scale
 from slimlib.stream import StreamError, StreamHeader, pack, unpack
+from slimlib.utils import pick_device
 
-CAPTION_PRIOR = "caption_prior.json"
-"""Name of the caption prior's file in the compressor's folder."""
 MAX_STEPS = 100
 """Most denoising steps that a stream may ask for: a few bytes must not keep a decoder busy for hours."""
-BATCH = 16
-"""Pictures that go through the networks together when batching is allowed."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StreamReport:
-    """Who spent what in a stream.
+    """What a stream holds, and what its parts cost. Print it to read it."""
 
-    Attributes:
-        size: bytes in all.
-        width, height: of the picture, in pixels.
-        quality: in [0, 1], as stored (1/255 steps).
-        caption: the words it carries; None if it carries none.
-        t0, steps, seed: what the decoder will do, whether stored or the compressor's default.
-        bits: bits of each part: header, caption, hyper, latent, and `rounding`, what the range coder
-            adds or saves by ending on a whole byte. They add up to 8 * size.
-        bit_map: bits spent on each cell of the compressor's latent grid, (rows, columns).
-    """
-
-    size: int
-    width: int
+    size: int  # bytes in all
+    width: int  # of the picture, in pixels
     height: int
-    quality: float
+    quality: float  # in [0, 1], as stored (steps of 1/255)
     caption: str | None
-    t0: int
-    steps: int
-    seed: int
+    t0: int  # what the decoder will do, whether stored or the compressor's default: noise level,
+    steps: int  # denoising steps,
+    seed: int  # seed of the noise
+    # Bits of header, caption, hyper-latent ("hyper"), latent, and "rounding", what the range coder adds or saves by
+    # ending on a whole byte: 8 * size in all.
     bits: dict[str, float]
-    bit_map: np.ndarray = field(repr=False, compare=False)
+    bit_map: np.ndarray = field(repr=False, compare=False)  # bits of each cell of y's grid, (rows, columns)
 
     @property
     def bpp(self) -> float:
@@ -75,17 +59,16 @@ class StreamReport:
         return 8 * self.size / (self.width * self.height)
 
     def __str__(self) -> str:
+        repaired = f"enhancement from t0 = {self.t0} in {self.steps} steps, seed {self.seed}"
         lines = [
             f"{self.size} bytes, {self.bpp:.4f} bpp, {self.width} x {self.height} pixels",
             f"quality {self.quality:.3f}, caption " + (f'"{self.caption}"' if self.caption else "none"),
-            f"enhancement from t0 = {self.t0} in {self.steps} steps, seed {self.seed}"
-            if self.t0 and self.steps
-            else "no enhancement",
+            repaired if self.t0 and self.steps else "no enhancement",
         ]
         for part, bits in self.bits.items():
             share = bits / (8 * self.size)
-            bar = "#" * round(30 * max(0.0, share))
             size = round(bits / 8, 1) + 0.0  # no "-0.0"
+            bar = "#" * round(30 * max(0.0, share))
             lines.append(f"  {part:<8} {size:8.1f} bytes {round(share, 3) + 0.0:6.1%} {bar}".rstrip())
         return "\n".join(lines)
 
@@ -99,12 +82,12 @@ class Decoded:
 
 
 class SlimCodec:
-    """The whole codec. Every method takes one item or a list of them, and returns likewise.
+    """The whole codec.
 
     Encoder and decoder agree exactly on the symbols, on any machine. Pixels are floating-point work: with
-    `exact` (the default) one picture at a time goes through one thread, so that the same stream gives the
-    same pixels, and the same picture the same stream, however many threads or pictures there are. Without it
-    batches and all cores are used: faster, and a pixel value may differ by one now and then.
+    `exact` (the default) they go through one thread, so that the same stream gives the same pixels, and the same
+    picture the same stream, however many threads there are. Without it all threads are used, and guidance is one
+    pass: faster, and a pixel value may differ by one now and then.
     """
 
     def __init__(
@@ -158,8 +141,7 @@ class SlimCodec:
             ValueError: no such scale, or weights that do not fit.
             FileNotFoundError: a part is missing.
         """
-        scale = name if isinstance(name, Scale) else Scale.from_name(name)
-        device = pick_device(device)
+        scale, device = name if isinstance(name, Scale) else Scale.from_name(name), pick_device(device)
         compressor = LatentCompressor.from_pretrained(scale.compressor, device)
         prior = CaptionPrior.load(Path(scale.compressor) / CAPTION_PRIOR)
         ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
@@ -171,15 +153,14 @@ class SlimCodec:
     def captioner(self) -> Captioner:
         """The captioner, loaded on first use."""
         if self._captioner is None:
-            scale = self._needs_scale("captioner")
-            self._captioner = Captioner.from_pretrained(scale.captioner, device=self.ldm.device)
+            self._captioner = Captioner.from_pretrained(self._names("captioner").captioner, device=self.ldm.device)
         return self._captioner
 
     @property
     def machine(self) -> Machine:
         """Machine A, which shows where to look; loaded on first use."""
         if self._machine is None:
-            self._machine = load_machine(self._needs_scale("machine").machine_a, self.ldm.device)
+            self._machine = load_machine(self._names("machine").machine_a, self.ldm.device)
         return self._machine
 
     @functools.cached_property
@@ -189,32 +170,26 @@ class SlimCodec:
         Taken once, for it costs a tenth of encoding: a codec's weights are frozen. After changing them in place
         (more training, LoRA), put a new SlimCodec together from the same parts.
         """
-        digest = hashlib.sha256(self.compressor.fingerprint().to_bytes(2, "big"))
-        digest.update(self.ldm.fingerprint() + (self.prior.fingerprint() if self.prior else b""))
-        return int.from_bytes(digest.digest()[:2], "big")
+        parts = self.compressor.fingerprint().to_bytes(2, "big") + self.ldm.fingerprint()
+        hashed = hashlib.sha256(parts + (self.prior.fingerprint() if self.prior else b""))
+        return int.from_bytes(hashed.digest()[:2], "big")
 
     # ---- the three verbs
 
-    @overload
-    def compress(self, image: Picture, *args: Any, **settings: Any) -> bytes: ...
-
-    @overload
-    def compress(self, image: Sequence[Picture], *args: Any, **settings: Any) -> list[bytes]: ...
-
     def compress(
         self,
-        image: Picture | Sequence[Picture],
-        quality: float | Sequence[float] = 0.5,
-        caption: str | None | Sequence[str | None] = "auto",
+        image: Picture,
+        quality: float = 0.5,
+        caption: str | None = "auto",
         steps: int | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int = 0,
         t0: int | None = None,
-    ) -> bytes | list[bytes]:
+    ) -> bytes:
         """Picture to .slim bytes.
 
         Args:
-            image: a picture or a file's path, or a list; `pictures.as_rgb` says what becomes of other modes.
-            quality: 0 (smallest) to 1 (best); a list gives one for each picture, as for caption and seed.
+            image: a picture or a file's path; `images.as_rgb` says what becomes of other modes.
+            quality: 0 (smallest) to 1 (best).
             caption: "auto" lets the captioner look at the region of interest; any other text is sent as typed
                 (lower-cased, up to 200 characters); None or "" sends none.
             steps: denoising steps that the decoder is to take; 0 for no enhancement. None: the compressor's
@@ -225,165 +200,88 @@ class SlimCodec:
         Raises:
             ValueError: the picture is damaged, too large or of no known kind; an argument is out of range.
         """
-        if isinstance(image, (Image.Image, str, Path)):
-            return self._compress([image], quality, caption, steps, seed, t0)[0]
-        return self._compress(image, quality, caption, steps, seed, t0)
+        picture, byte, coder = as_rgb(image, self.max_pixels), quality_byte(quality), RangeEncoder()
+        diffusion = self._unusual(byte / 255, t0, steps)
+        with _threads(self.exact), torch.no_grad():
+            words = self._look(picture) if caption == "auto" else normalise(caption or "")
+            if words:
+                self._prior().encode(coder, words)
+            z = self.ldm.encode(self._pad(to_tensor(picture))).float()
+            self.compressor.compress(z, byte / 255, coder)
+        header = StreamHeader(self.fingerprint, byte, *picture.size, caption=bool(words), seed=seed, **diffusion)
+        return pack(header, coder.get_bytes())
 
-    @overload
-    def decompress(self, stream: bytes, steps: int | None = ...) -> Image.Image: ...
-
-    @overload
-    def decompress(self, stream: Sequence[bytes], steps: int | None = ...) -> list[Image.Image]: ...
-
-    def decompress(self, stream: bytes | Sequence[bytes], steps: int | None = None) -> Image.Image | list[Image.Image]:
+    def decompress(self, stream: bytes, steps: int | None = None) -> Image.Image:
         """.slim bytes to a picture of the true size.
 
         Args:
-            stream: what `compress` returned, or a list of them.
+            stream: what `compress` returned.
             steps: denoising steps; None takes those the stream asks for, 0 shows the picture before the UNet.
 
         Raises:
             StreamError: the stream is damaged, or of another program, version or set of weights.
         """
-        if isinstance(stream, bytes):
-            return self._decompress([stream], steps)[0]
-        return self._decompress(stream, steps)
-
-    @overload
-    def inspect(self, stream: bytes) -> StreamReport: ...
-
-    @overload
-    def inspect(self, stream: Sequence[bytes]) -> list[StreamReport]: ...
-
-    def inspect(self, stream: bytes | Sequence[bytes]) -> StreamReport | list[StreamReport]:
-        """Who spent what in a stream (or in each of a list); print it to read it."""
-        if isinstance(stream, bytes):
-            return self.read([stream])[0].report
-        return [decoded.report for decoded in self.read(stream)]
-
-    def read(self, streams: Sequence[bytes]) -> list[Decoded]:
-        """Undo the entropy coding and the compressor only: the latents as they enter the diffusion."""
-        fingerprint = self.fingerprint
+        decoded = self.read(stream)
         with _threads(self.exact), torch.no_grad():
-            return [self._read_one(stream, fingerprint) for stream in streams]
+            x_hat = self.ldm.decode(last(self.enhance(decoded, steps), decoded.z_hat)).float()
+        return to_images(x_hat)[0].crop((0, 0, decoded.report.width, decoded.report.height))
 
-    # ---- helpers
+    def inspect(self, stream: bytes) -> StreamReport:
+        """What a stream holds, and what its parts cost; raises as `decompress` does."""
+        return self.read(stream).report
 
-    def _compress(
-        self,
-        images: Sequence[Picture],
-        quality: float | Sequence[float],
-        caption: str | None | Sequence[str | None],
-        steps: int | None,
-        seed: int | Sequence[int],
-        t0: int | None,
-    ) -> list[bytes]:
-        count = len(images)
-        bytes_of_quality = [quality_byte(q) for q in _each(quality, count, "quality")]
-        seeds = _each(seed, count, "seed")
-        pictures = [as_rgb(one, self.max_pixels) for one in images]
-        fingerprint = self.fingerprint
-        streams = [b""] * count
-        with _threads(self.exact), torch.no_grad():
-            captions = self._captions(pictures, _each(caption, count, "caption"))
-            for group in self._batches([self._padded(p.height, p.width) for p in pictures]):
-                x = torch.cat([self._pad(to_tensor(pictures[i])) for i in group])
-                for i, z in zip(group, self.ldm.encode(x).split(1), strict=True):
-                    q = bytes_of_quality[i] / 255
-                    coder = RangeEncoder()
-                    if captions[i]:
-                        self._needs_prior().encode(coder, captions[i])
-                    self.compressor.compress(z.float(), q, coder)
-                    header = StreamHeader(
-                        fingerprint,
-                        bytes_of_quality[i],
-                        *pictures[i].size,
-                        caption=bool(captions[i]),
-                        seed=seeds[i],
-                        **self._diffusion_fields(q, t0, steps),
-                    )
-                    streams[i] = pack(header, coder.get_bytes())
-        return streams
+    # ---- the decoder's two halves
 
-    def _decompress(self, streams: Sequence[bytes], steps: int | None) -> list[Image.Image]:
-        images: dict[int, Image.Image] = {}
-        with _threads(self.exact), torch.no_grad():
-            decoded = self.read(streams)
-            wanted = [item.report.steps if steps is None else steps for item in decoded]
-            keys = [(item.z_hat.shape, item.report.t0, k) for item, k in zip(decoded, wanted, strict=True)]
-            for group in self._batches(keys):
-                reports = [decoded[i].report for i in group]
-                z_tilde = self.ldm.enhance(
-                    torch.cat([decoded[i].z_hat for i in group]),
-                    [report.caption or "" for report in reports],
-                    reports[0].t0,
-                    wanted[group[0]],
-                    [report.seed for report in reports],
-                    self.compressor.config.guidance,
-                )
-                pictures = to_images(self.ldm.decode(z_tilde).float())
-                for i, picture, report in zip(group, pictures, reports, strict=True):
-                    images[i] = picture.crop((0, 0, report.width, report.height))
-        return [images[i] for i in range(len(streams))]
-
-    def _read_one(self, stream: bytes, fingerprint: int) -> Decoded:
-        header, payload = unpack(stream, fingerprint, self.max_pixels)
-        quality = header.quality / 255
-        last = self.ldm.scheduler.config.num_train_timesteps - 1
-        if header.t0 is not None and header.t0 > last:
-            raise StreamError(f"The stream asks for t0 = {header.t0}; this diffusion model ends at {last}.")
+    def read(self, stream: bytes) -> Decoded:
+        """Undo the entropy coding and the compressor only: the latent as it enters the diffusion."""
+        header, payload = unpack(stream, self.fingerprint, self.max_pixels)
+        config, latest = self.compressor.config, self.ldm.scheduler.config.num_train_timesteps - 1
+        if header.t0 is not None and header.t0 > latest:
+            raise StreamError(f"The stream asks for t0 = {header.t0}; this diffusion model ends at {latest}.")
         if header.steps is not None and header.steps > MAX_STEPS:
             raise StreamError(f"The stream asks for {header.steps} denoising steps; {MAX_STEPS} is the limit.")
-        coder = _Meter(payload)
-        caption = self._needs_prior().decode(coder) if header.caption else ""
-        caption_bits = coder.bits
-        height, width = self._padded(header.height, header.width)
-        shape = height // self.ldm.factor, width // self.ldm.factor
-        z_hat = self.compressor.decompress(coder, shape, quality).clone()  # out of inference mode
+        coder, quality = _Meter(payload), header.quality / 255
+        caption = self._prior().decode(coder) if header.caption else ""
+        bits = {"header": 8.0 * (len(stream) - len(payload)), "caption": coder.bits}
+        rows, columns = (side // self.ldm.factor for side in self._padded(header.height, header.width))
+        with _threads(self.exact), torch.no_grad():
+            z_hat = self.compressor.decompress(coder, (rows, columns), quality).clone()  # out of inference mode
         h_bits, y_bits = coder.spent
-        bits = {
-            "header": 8.0 * (len(stream) - len(payload)),
-            "caption": caption_bits,
-            "hyper": float(h_bits.sum()),
-            "latent": float(y_bits.sum()),
-        }
+        bits |= {"hyper": float(h_bits.sum()), "latent": float(y_bits.sum())}
         bits["rounding"] = 8.0 * len(stream) - sum(bits.values())
-        stride = 2**self.compressor.config.stages
-        t0 = self.compressor.config.t0(quality) if header.t0 is None else header.t0
-        steps = self.compressor.config.steps if header.steps is None else header.steps
         report = StreamReport(
-            len(stream),
-            header.width,
-            header.height,
-            quality,
-            caption or None,
-            t0,
-            steps,
-            header.seed,
-            bits,
-            y_bits.reshape(-1, shape[0] // stride, shape[1] // stride).sum(0),
+            size=len(stream),
+            width=header.width,
+            height=header.height,
+            quality=quality,
+            caption=caption or None,
+            t0=config.t0(quality) if header.t0 is None else header.t0,
+            steps=config.steps if header.steps is None else header.steps,
+            seed=header.seed,
+            bits=bits,
+            bit_map=y_bits.reshape(-1, rows >> config.stages, columns >> config.stages).sum(0),
         )
         return Decoded(z_hat, report)
 
-    def _captions(self, pictures: Sequence[Image.Image], wanted: Sequence[str | None]) -> list[str]:
-        captions = ["" if text in (None, "auto") else normalise(text) for text in wanted]
-        auto = [i for i, text in enumerate(wanted) if text == "auto"]
-        for group in self._batches([pictures[i].size for i in auto]):
-            ask = [auto[i] for i in group]
-            cams = gradcam(self.machine, to_tensor([pictures[i] for i in ask]).to(self.ldm.device))
-            crops = [roi_crop(pictures[i], cam) for i, cam in zip(ask, cams, strict=True)]
-            for i, text in zip(ask, self.captioner.caption(crops), strict=True):
-                captions[i] = text
-        return captions
+    def enhance(self, decoded: Decoded, steps: int | None = None) -> Iterator[Tensor]:
+        """The latent after each denoising step that the stream asks for, or after each of `steps`."""
+        report, guidance = decoded.report, self.compressor.config.guidance
+        steps = report.steps if steps is None else steps
+        words, batched = [report.caption or ""], not self.exact
+        return self.ldm.enhance(decoded.z_hat, words, report.t0, steps, [report.seed], guidance, batched)
 
-    def _diffusion_fields(self, quality: float, t0: int | None, steps: int | None) -> dict[str, int]:
-        """What the header has to say about the enhancement: nothing if it is what the table says anyway."""
+    # ---- helpers
+
+    def _look(self, picture: Image.Image) -> str:
+        """What the captioner says about the region of interest."""
+        cam = gradcam(self.machine, to_tensor(picture).to(self.ldm.device))
+        return self.captioner.caption([roi_crop(picture, cam)])[0]
+
+    def _unusual(self, quality: float, t0: int | None, steps: int | None) -> dict[str, int]:
+        """What the header has to say about the enhancement: nothing if it is what the compressor's config says."""
         config = self.compressor.config
         usual = {"t0": config.t0(quality), "steps": config.steps}
-        asked = {
-            "t0": usual["t0"] if t0 is None else t0,
-            "steps": usual["steps"] if steps is None else steps,
-        }
+        asked = {name: usual[name] if value is None else value for name, value in (("t0", t0), ("steps", steps))}
         self.ldm.times(**asked)  # raises on what the diffusion model cannot do
         if asked["steps"] > MAX_STEPS:
             raise ValueError(f"steps is {asked['steps']}; a stream may ask for {MAX_STEPS} at the most")
@@ -399,21 +297,12 @@ class SlimCodec:
         height, width = self._padded(*x.shape[-2:])
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
 
-    def _batches(self, keys: Sequence[object]) -> Iterator[list[int]]:
-        """Indices of items that may share a batch (equal keys); single ones if the codec is to be exact."""
-        groups: dict[object, list[int]] = {}
-        for i, key in enumerate(keys):
-            groups.setdefault(key, []).append(i)
-        size = 1 if self.exact else BATCH
-        for members in groups.values():
-            yield from (members[i : i + size] for i in range(0, len(members), size))
-
-    def _needs_prior(self) -> CaptionPrior:
+    def _prior(self) -> CaptionPrior:
         if self.prior is None:
             raise ValueError("this codec has no caption prior: give it one, or compress with caption=None")
         return self.prior
 
-    def _needs_scale(self, what: str) -> Scale:
+    def _names(self, what: str) -> Scale:
         if self._scale is None:
             raise ValueError(f'this codec has no {what}: give it one, type a caption, or use caption=None, not "auto"')
         return self._scale
@@ -436,18 +325,8 @@ class _Meter(RangeDecoder):
 def _threads(one: bool) -> Iterator[None]:
     """Hold torch to one thread: the order in which floating-point sums are taken depends on their number."""
     before = torch.get_num_threads()
-    if one:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1 if one else before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _each(value: T | Sequence[T], count: int, name: str) -> list[T]:
-    """One value for each picture, from a list or from a single one."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * count  # type: ignore[list-item]
-    if len(value) != count:
-        raise ValueError(f"{name}: {len(value)} values for {count} pictures")
-    return list(value)

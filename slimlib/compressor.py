@@ -15,17 +15,16 @@ compress. Encoder and decoder start as a block DCT of the latent; what they lear
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from compressai.entropy_models import GaussianConditional
-from compressai.layers import ResidualBlock
+from compressai.ops import quantize_ste
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,52 +40,41 @@ from slimlib.entropy import (
     RangeEncoder,
     clamp_ste,
     gaussian_table,
-    round_ste,
 )
-from slimlib.repro import atomic_write, pick_device
 from slimlib.stream import StreamError
+from slimlib.transforms import Decoder, Encoder
+from slimlib.utils import evaluating, pick_device, write_file
 
 SYMBOL_MAX = 2**15  # larger symbols are clipped by the encoder, and are an error for the decoder
-ATTENDED = 32  # attention sees at most 32 x 32 (pooled) cells, so that its cost grows linearly with the image
 
 
 @dataclass
 class CompressorConfig:
     """Architecture, rate range and the diffusion's defaults. Unknown keys are refused.
 
-    Attributes:
-        latent_channels: channels C of z.
-        factor: pixels per latent cell along one side (only to count bits per pixel).
-        stages: halvings from z to y; the grid of y is 2**stages times coarser than z's.
-        stem, width, depth, heads: channels at the fine grids; at the grid of y; blocks there; their heads.
-        y_channels, h_channels: channels of the latent y and of the hyper-latent h (half of y's resolution).
-        net_width: channels of the integer network.
-        scale_min, scale_max, scale_levels: CompressAI-style table of standard deviations, log-spaced.
-        symbol_bound: symbols beyond it are escaped.
-        gain_min, gain_max: where the gains start before training, at quality 0 and 1.
-        t0_table: [quality, t0] knots, linear between them: noise level of the enhancement.
-        steps, guidance: defaults of the enhancement.
+    Every field is part of the streams' fingerprint: a new name or field makes all streams unreadable.
     """
 
-    latent_channels: int = 4
-    factor: int = 4
-    stages: int = 2
-    stem: int = 64
-    width: int = 128
-    depth: int = 3
-    heads: int = 4
-    y_channels: int = 64
-    h_channels: int = 8
-    net_width: int = 64
-    scale_min: float = 0.11
+    latent_channels: int = 4  # C of z
+    factor: int = 4  # pixels per latent cell along one side (only to count bits per pixel)
+    stages: int = 2  # halvings from z to y; the grid of y is 2**stages times coarser than z's
+    stem: int = 64  # channels at the fine grids
+    width: int = 128  # channels at the grid of y
+    depth: int = 3  # attention blocks there
+    heads: int = 4  # of the attention
+    y_channels: int = 64  # M, of the latent y
+    h_channels: int = 8  # N, of the hyper-latent h, at half of y's resolution
+    net_width: int = 64  # channels of the integer network
+    scale_min: float = 0.11  # CompressAI-style table of standard deviations, log-spaced
     scale_max: float = 24.0
     scale_levels: int = 64
-    symbol_bound: int = 63
-    gain_min: float = 0.2
-    gain_max: float = 3.0
+    symbol_bound: int = 63  # symbols beyond it are escaped
+    gain_min: float = 0.2  # where the gains start before training, at quality 0
+    gain_max: float = 3.0  # and at quality 1
+    # noise level of the enhancement: [quality, t0] knots, linear between them
     t0_table: list[list[float]] = field(default_factory=lambda: [[0.0, 600], [0.3, 300], [0.5, 50], [1.0, 10]])
-    steps: int = 4
-    guidance: float = 3.0
+    steps: int = 4  # K of the enhancement
+    guidance: float = 3.0  # of the enhancement
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -125,26 +113,22 @@ class LatentCompressor(nn.Module):
     def __init__(self, config: CompressorConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or CompressorConfig()
-        log_gain = torch.linspace(np.log(config.gain_min), np.log(config.gain_max), QUALITY_KNOTS)
-        log_gain = log_gain[:, None].repeat(1, config.y_channels)
-        hyper_gain = torch.linspace(np.log(0.5), np.log(2.0), QUALITY_KNOTS)
-        hyper_gain = hyper_gain[:, None].repeat(1, config.h_channels)
 
+        def knots(low: float, high: float, channels: int) -> Tensor:  # (6, channels), log-spaced over quality
+            return torch.linspace(np.log(low), np.log(high), QUALITY_KNOTS)[:, None].repeat(1, channels)
+
+        log_gain = knots(config.gain_min, config.gain_max, config.y_channels)
+        hyper_gain = knots(0.5, 2.0, config.h_channels)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.log_gain = nn.Parameter(log_gain.clone())
         self.log_inverse_gain = nn.Parameter(-log_gain)
         self.log_hyper_gain = nn.Parameter(hyper_gain.clone())
         self.gate_depth = nn.Parameter(torch.full((QUALITY_KNOTS, config.y_channels), -1.0))
+        index_start = (log_gain - np.log(config.scale_min)) / config.log_step
+        prior_start = float(-np.log(config.scale_min)) / config.log_step
         self.net = IntegerNet(
-            config.h_channels,
-            config.y_channels,
-            config.net_width,
-            config.scale_levels,
-            gains=log_gain.exp(),
-            index_start=(log_gain - np.log(config.scale_min)) / config.log_step,
-            hyper_gains=hyper_gain.exp(),
-            prior_start=float(-np.log(config.scale_min)) / config.log_step,
+            config.net_width, config.scale_levels, log_gain.exp(), index_start, hyper_gain.exp(), prior_start
         )
         # The bound is what the rarest symbol has in the table of frequencies.
         self.gaussian = GaussianConditional(None, scale_bound=config.scale_min, likelihood_bound=2.0**-FREQUENCY_BITS)
@@ -158,7 +142,7 @@ class LatentCompressor(nn.Module):
 
     # ------------------------------------------------------------ training and measuring
 
-    def forward(self, z: Tensor, quality: Tensor | float) -> dict[str, Tensor | dict[str, Tensor]]:
+    def forward(self, z: Tensor, quality: Tensor | float) -> dict[str, Any]:
         """Run the whole way without coding.
 
         In training mode rates see uniform noise and the decoder sees rounded values with straight-through
@@ -173,68 +157,65 @@ class LatentCompressor(nn.Module):
             roi_logits (B, 1, h, w), and the integers that are coded, "h_symbols" and "y_symbols".
         """
         self._check_latent(z)
-        byte = self._quality_bytes(quality, z.shape[0])
-        coded = self._code(z, byte)
-        return {
-            "z_hat": self._synthesise(coded["y_hat"], coded["index"], coded["fineness"], byte),
-            "likelihoods": {"y": coded["y_likelihood"], "h": coded["h_likelihood"]},
-            "roi_logits": coded["roi_logits"],
-            "y_symbols": coded["y_symbols"],
-            "h_symbols": coded["h_symbols"],
-        }
+        quality = torch.as_tensor(quality, dtype=torch.float32, device=self.device)
+        if not bool(((quality >= 0) & (quality <= 1)).all()):
+            raise ValueError(f"Quality must lie in [0, 1], not {quality.tolist()}.")
+        byte = (quality * 255).round().long().expand(z.shape[0])
+        coded = self.code(z, byte)
+        z_hat = self.synthesise(coded["y_hat"], coded["index"], coded["fineness"], byte)
+        return {"z_hat": z_hat, "likelihoods": {"y": coded["y_likelihood"], "h": coded["h_likelihood"]}, **coded}
 
-    def _code(self, z: Tensor, byte: Tensor) -> dict[str, Tensor]:
-        """All of `forward` but the decoder."""
-        y, h, roi_logits = self._analyse(z, byte)
-        with torch.autocast(z.device.type, enabled=False):  # integers do not survive bfloat16
-            h_index, h_mean = self._predict(self.net.prior, self.net.exact_prior, byte)
-            h_symbols, h_hat, h_likelihood = self._quantise(h, h_index, h_mean)
-            index, mean, fineness = self._predict(self.net, self.net.exact, byte, h_hat * MEAN_STEPS)
-            scaled = y * torch.exp2(fineness / FINENESS_STEPS)
-            y_symbols, y_hat, y_likelihood = self._quantise(scaled, index, mean)
-        return {
-            "y_hat": y_hat,
-            "index": index,
-            "fineness": fineness,
-            "y_likelihood": y_likelihood,
-            "h_likelihood": h_likelihood,
-            "roi_logits": roi_logits,
-            "y_symbols": y_symbols,
-            "h_symbols": h_symbols,
-            "h_index": h_index,
-        }
+    def code(self, z: Tensor, byte: Tensor) -> dict[str, Tensor]:
+        """All of `forward` but the decoder: what is coded for z (B, C, h, w) at the quality bytes (B,).
 
-    def _analyse(self, z: Tensor, byte: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gated and gained latent, gained hyper-latent, and the predicted region of interest."""
-        y, h, roi_logits = self.encoder(z, byte.float() / 255)
-        y, h, roi_logits = y.float(), h.float(), roi_logits.float()
+        Returns:
+            symbols, decoded values and likelihoods of y and h (y_symbols, y_hat, y_likelihood, h_...); roi_logits; and
+            what the integer network says: index and h_index of the scales, fineness of the quantiser.
+        """
+        y, h, roi_logits = (x.float() for x in self.encoder(z, byte.float() / 255))
         # Detached: the head answers for the region alone; the loss decides how far to turn down.
         inside = F.avg_pool2d(torch.sigmoid(roi_logits.detach()), 2**self.config.stages)
         gate = torch.exp(-F.softplus(_interpolate(self.gate_depth, byte)) * (1 - inside))
         y = y * gate * torch.exp(_interpolate(self.log_gain, byte))
-        return y, h * torch.exp(_interpolate(self.log_hyper_gain, byte)), roi_logits
+        h = h * torch.exp(_interpolate(self.log_hyper_gain, byte))
+        with torch.autocast(z.device.type, enabled=False):  # integers do not survive bfloat16
+            h_index, h_mean = self._predict(byte)
+            h_symbols, h_hat, h_likelihood = self._quantise(h, h_index, h_mean)
+            index, mean, fineness = self._predict(byte, h_hat * MEAN_STEPS)
+            scaled = y * torch.exp2(fineness / FINENESS_STEPS)
+            y_symbols, y_hat, y_likelihood = self._quantise(scaled, index, mean)
+        return {
+            "y_symbols": y_symbols,
+            "y_hat": y_hat,
+            "y_likelihood": y_likelihood,
+            "index": index,
+            "fineness": fineness,
+            "h_symbols": h_symbols,
+            "h_likelihood": h_likelihood,
+            "h_index": h_index,
+            "roi_logits": roi_logits,
+        }
+
+    def synthesise(self, y_hat: Tensor, index: Tensor, fineness: Tensor, byte: Tensor) -> Tensor:
+        """z_hat from the decoded values and their scale indices, which tell where detail was spent."""
+        y_hat = y_hat * torch.exp(_interpolate(self.log_inverse_gain, byte))
+        y_hat = y_hat * torch.exp2(-fineness / FINENESS_STEPS)
+        return self.decoder(y_hat, index / self.config.scale_levels - 0.5, byte.float() / 255)
 
     def _quantise(self, x: Tensor, index: Tensor, mean16: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Symbols, decoded values, likelihoods; noise for the likelihoods while training."""
         mean = mean16 / MEAN_STEPS
-        symbols = clamp_ste(round_ste(x - mean), -SYMBOL_MAX, SYMBOL_MAX)
+        symbols = clamp_ste(quantize_ste(x - mean), -SYMBOL_MAX, SYMBOL_MAX)
         x_hat = symbols + mean
         scales = self.config.scale_min * torch.exp(index * self.config.log_step)
         _, likelihood = self.gaussian(x if self.training else x_hat, scales.expand_as(x), mean)
         return symbols, x_hat, likelihood
 
-    def _synthesise(self, y_hat: Tensor, index: Tensor, fineness: Tensor, byte: Tensor) -> Tensor:
-        """Latent from the decoded values and their scale indices, which tell where detail was spent."""
-        y_hat = y_hat * torch.exp(_interpolate(self.log_inverse_gain, byte))
-        y_hat = y_hat * torch.exp2(-fineness / FINENESS_STEPS)
-        return self.decoder(y_hat, index / self.config.scale_levels - 0.5, byte.float() / 255)
-
-    def _predict(self, trained, exact, byte: Tensor, *inputs: Tensor) -> list[Tensor]:
+    def _predict(self, byte: Tensor, *h_hat: Tensor) -> list[Tensor]:
         """What the integer network says: with gradients while training, otherwise exactly, item by item."""
         if self.training:
-            dtype = () if inputs else (torch.float32,)
-            return list(trained(*inputs, byte, *dtype))
-        rows = [exact(*(x[i : i + 1] for x in inputs), int(byte[i])) for i in range(len(byte))]
+            return list(self.net(*h_hat, byte) if h_hat else self.net.prior(byte))
+        rows = [self.net.exact(int(byte[i]), *(x[i : i + 1] for x in h_hat)) for i in range(len(byte))]
         return [torch.cat(parts).to(byte.device, torch.float32) for parts in zip(*rows, strict=True)]
 
     # ------------------------------------------------------------ real bytes
@@ -256,8 +237,8 @@ class LatentCompressor(nn.Module):
         """
         self._check_latent(z, one=True)
         table = self._ready()
-        with self._evaluating():
-            coded = self._code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
+        with evaluating(self):
+            coded = self.code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
         bits = {}
         for name, rows in (("h", coded["h_index"]), ("y", coded["index"])):
             symbols = coded[f"{name}_symbols"].cpu().long()
@@ -284,14 +265,14 @@ class LatentCompressor(nn.Module):
         rows, columns = shape
         if rows <= 0 or columns <= 0 or rows % multiple or columns % multiple:
             raise ValueError(f"A latent of {rows} x {columns} is no multiple of {multiple}.")
-        h_index, h_mean = self.net.exact_prior(byte)
+        h_index, h_mean = self.net.exact(byte)
         h_rows = h_index.expand(1, -1, rows // multiple, columns // multiple)
         h_hat = _decode(coder, h_rows, table) * MEAN_STEPS + h_mean
-        index, mean, fineness = self.net.exact(h_hat, byte)
+        index, mean, fineness = self.net.exact(byte, h_hat)
         y_hat = _decode(coder, index, table) + mean / MEAN_STEPS
         y_hat, scale, fine = (t.to(self.device, torch.float32) for t in (y_hat, index, fineness))
-        with self._evaluating():
-            return self._synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
+        with evaluating(self):
+            return self.synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
 
     def update(self) -> None:
         """Check the integer network and compute the integer table of frequencies: once, when training ends."""
@@ -308,15 +289,6 @@ class LatentCompressor(nn.Module):
             self._frequencies = FrequencyTable(self.table.cpu().numpy())
         return self._frequencies
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        before = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(before)
-
     # ------------------------------------------------------------ files
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -330,8 +302,8 @@ class LatentCompressor(nn.Module):
         self.net.check()
         stored = self._stored()
         self._restore(stored)
-        atomic_write(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
-        atomic_write(folder / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
+        write_file(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+        write_file(folder / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> LatentCompressor:
@@ -369,16 +341,15 @@ class LatentCompressor(nn.Module):
 
     def _restore(self, stored: dict[str, Tensor]) -> None:
         """Inverse of `_stored`; strict."""
-        wanted = self._stored()
-        missing, surplus = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
-        if missing or surplus:
-            raise ValueError(f"The weights do not fit this compressor: missing {missing}, not known {surplus}.")
-        for name, tensor in stored.items():
-            if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
-                raise ValueError(
-                    f"{name} is {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"expected {tuple(wanted[name].shape)} {wanted[name].dtype}."
-                )
+        wanted, given = (
+            {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()} for tensors in (self._stored(), stored)
+        )
+        odd = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        if odd:
+            said = (
+                f"{n}: {given.get(n, 'missing')}, expected {wanted.get(n, 'nothing of that name')}" for n in odd[:3]
+            )
+            raise ValueError(f"{len(odd)} weights do not fit this compressor ({'; '.join(said)}).")
         self.net.load_integer_state({n[4:]: t for n, t in stored.items() if n.startswith("net.")})
         own = self.state_dict()
         for name, tensor in stored.items():
@@ -387,12 +358,6 @@ class LatentCompressor(nn.Module):
         self._frequencies = None
 
     # ------------------------------------------------------------ helpers
-
-    def _quality_bytes(self, quality: Tensor | float, batch: int) -> Tensor:
-        quality = torch.as_tensor(quality, dtype=torch.float32, device=self.device)
-        if not bool(((quality >= 0) & (quality <= 1)).all()):
-            raise ValueError(f"Quality must lie in [0, 1], not {quality.tolist()}.")
-        return (quality * 255).round().long().expand(batch)
 
     def _check_latent(self, z: Tensor, one: bool = False) -> None:
         multiple, channels = self.config.multiple, self.config.latent_channels
@@ -417,135 +382,8 @@ def _decode(coder: RangeDecoder, rows: Tensor, table: FrequencyTable) -> Tensor:
     return symbols
 
 
-def _block_dct(channels: int, block: int, keep: int) -> Tensor:
-    """Orthonormal DCT of block x block cells in each channel: (keep, channels * block**2), lowest first.
-
-    Columns in the order of `F.pixel_unshuffle`. Rows beyond channels * block**2 are 0.
-    """
-    n = torch.arange(block, dtype=torch.float64)
-    basis = torch.cos(torch.pi * (2 * n + 1) * n[:, None] / (2 * block)) * (2 / block) ** 0.5
-    basis[0] /= 2**0.5
-    rows = torch.einsum("ui,vj,cd->uvcdij", basis, basis, torch.eye(channels, dtype=torch.float64))
-    frequency = (n[:, None] ** 2 + n**2)[:, :, None].expand(block, block, channels).flatten()
-    rows = rows.reshape(len(frequency), -1)[frequency.argsort(stable=True)]
-    return F.pad(rows, (0, 0, 0, max(0, keep - len(rows))))[:keep].float()
-
-
 def _interpolate(knots: Tensor, byte: Tensor) -> Tensor:
     """(6, channels) knots, (B,) quality bytes -> (B, channels, 1, 1), linear between the knots."""
     at = byte.float() * ((QUALITY_KNOTS - 1) / 255)
     left = at.long().clamp(max=QUALITY_KNOTS - 2)
     return torch.lerp(knots[left], knots[left + 1], (at - left)[:, None])[:, :, None, None]
-
-
-class Block(nn.Module):
-    """Transformer block on a grid: attention over all cells, then an MLP, both modulated by the quality."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.place = nn.Conv2d(width, width, 3, padding=1, groups=width)  # positions, and neighbours
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.modulate = nn.Linear(16, 4 * width)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, width, h, w), embedding (B, 16) of the quality."""
-        x = x + self.place(x)
-        rows, columns = x.shape[-2:]
-        scale1, shift1, scale2, shift2 = self.modulate(embedding)[:, None].chunk(4, dim=2)
-        tokens = x.flatten(2).transpose(1, 2)  # (B, h * w, width)
-        normed = self.norm1(tokens) * (1 + scale1) + shift1
-        seen = normed
-        if rows > ATTENDED or columns > ATTENDED:
-            grid = normed.transpose(1, 2).unflatten(2, (rows, columns))
-            grid = F.adaptive_avg_pool2d(grid, (min(rows, ATTENDED), min(columns, ATTENDED)))
-            seen = grid.flatten(2).transpose(1, 2)
-        q, k, v = (
-            t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.q(normed), *self.kv(seen).chunk(2, 2))
-        )
-        tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        tokens = tokens + self.mlp(self.norm2(tokens) * (1 + scale2) + shift2)
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
-
-
-class QualityEmbedding(nn.Module):
-    """(B,) quality in [0, 1] -> (B, 16) features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(1, 32), nn.GELU(), nn.Linear(32, 16))
-
-    def forward(self, quality: Tensor) -> Tensor:
-        return self.net(4 * quality[:, None] - 2)
-
-
-class Encoder(nn.Module):
-    """g_a with its heads: latent y, hyper-latent h, and the map of the region of interest."""
-
-    def __init__(self, config: CompressorConfig) -> None:
-        super().__init__()
-        channels, down = config.latent_channels, []
-        for stage in range(config.stages):
-            last = stage == config.stages - 1
-            out = config.width if last else config.stem
-            down += [nn.Conv2d(channels, out, 5 if stage == 0 else 3, stride=2, padding=2 if stage == 0 else 1)]
-            down += [] if last else [ResidualBlock(out, out)]
-            channels = out
-        self.down = nn.Sequential(*down)
-        self.embed = QualityEmbedding()
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.block = block = 2**config.stages
-        inside = config.latent_channels * block**2
-        self.direct = nn.Conv2d(inside, config.y_channels, 1, bias=False)
-        self.direct.weight.data = _block_dct(config.latent_channels, block, config.y_channels)[..., None, None]
-        self.y = nn.Conv2d(config.width, config.y_channels, 1)
-        self.y.weight.data *= 0.1
-        self.h = nn.Sequential(
-            nn.Conv2d(config.width, config.width // 2, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(config.width // 2, config.h_channels, 1),
-        )
-        self.roi = nn.Sequential(nn.Conv2d(config.width, 4**config.stages, 1), nn.PixelShuffle(2**config.stages))
-
-    def forward(self, z: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding = self.embed(quality)
-        x = self.down(z)
-        for block in self.blocks:
-            x = block(x, embedding)
-        y = self.direct(F.pixel_unshuffle(z, self.block)) + self.y(x)
-        return y, self.h(x), self.roi(x)
-
-
-class Decoder(nn.Module):
-    """g_s: back to the diffusion model's latent."""
-
-    def __init__(self, config: CompressorConfig) -> None:
-        super().__init__()
-        self.enter = nn.Conv2d(2 * config.y_channels, config.width, 1)
-        self.embed = QualityEmbedding()
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(max(1, config.depth - 1)))
-        channels, up = config.width, []
-        for stage in range(config.stages):
-            out = max(config.stem >> stage, 16)
-            up += [nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(out, out)]
-            channels = out
-        self.up = nn.Sequential(*up, nn.Conv2d(channels, config.latent_channels, 3, padding=1))
-        self.up[-1].weight.data *= 0.1
-        self.block = 2**config.stages
-        self.direct = nn.Conv2d(config.y_channels, config.latent_channels * self.block**2, 1, bias=False)
-        dct = _block_dct(config.latent_channels, self.block, config.y_channels)
-        self.direct.weight.data = dct.T.contiguous()[..., None, None]
-
-    def forward(self, y_hat: Tensor, scale: Tensor, quality: Tensor) -> Tensor:
-        embedding = self.embed(quality)
-        x = self.enter(torch.cat([y_hat, scale], 1))
-        for block in self.blocks:
-            x = block(x, embedding)
-        return (F.pixel_shuffle(self.direct(y_hat), self.block) + self.up(x)).float()

@@ -1,7 +1,7 @@
 """The region of interest: where a classifier looks, as a map, a box, a crop and a weight.
 
-Compressing needs none of this: the compressor has learned what to keep. The map weighs the loss in
-training, and the encoder cuts the crop that is captioned.
+Compressing needs none of this: the compressor has learned what to keep. The map weighs the loss in training, and the
+encoder cuts the crop that is captioned.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
-from slimlib.machines import Machine, to_images
-from slimlib.repro import pick_device
-from slimlib.scales import hub_error, split_revision
+from slimlib.images import to_images
+from slimlib.machines import Machine
+from slimlib.scales import load_plain, load_pretrained
+from slimlib.utils import pick_device
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom just outside, as Pillow has it."""
@@ -51,39 +53,19 @@ class ClipSeg:
     """What in a picture fits a text: CLIPSeg (arXiv 2112.10003), frozen. Needs no classifier, but words."""
 
     def __init__(self, name: str | Path, device: torch.device | str | None = None) -> None:
-        """Load from a folder or from the hub, such as "CIDAS/clipseg-rd64-refined".
-
-        Raises:
-            OSError: the hub does not give it; says why and what to do.
-            ValueError: weights are missing.
-        """
-        from transformers import AutoProcessor, CLIPSegForImageSegmentation
-
-        local, (folder, revision) = Path(name).is_dir(), split_revision(name)
-        where: dict = {"local_files_only": local, "revision": revision or "main"}
-        try:
-            self.processor = AutoProcessor.from_pretrained(folder, **where)
-            self.model, info = CLIPSegForImageSegmentation.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where
-            )
-        except OSError as error:
-            raise error if local else hub_error(str(name), error) from error
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise ValueError(f"{name}: weights are missing or of another shape: {info}; is this CLIPSeg?")
+        """Load from a folder or a hub, such as "CIDAS/clipseg-rd64-refined", by `scales.load_pretrained`."""
         self.device = pick_device(device)
-        self.model = self.model.eval().requires_grad_(False).to(self.device)
+        self.processor = load_plain(AutoProcessor, name)
+        model = load_pretrained(CLIPSegForImageSegmentation, name, dtype=torch.float32)
+        self.model = model.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, texts: Sequence[str]) -> Tensor:
         """Maps (B, 1, H, W) in [0, 1] of pictures (B, 3, H, W) in [0, 1], one text each."""
         inputs = self.processor(text=list(texts), images=to_images(x), padding=True, return_tensors="pt")
-        logits = self.model(**inputs.to(self.device)).logits.reshape(len(x), 1, *self._grid(inputs))
+        grid = inputs["pixel_values"].shape[-2:]  # the answer has the size looked at, and no batch where that is one
+        logits = self.model(**inputs.to(self.device)).logits.reshape(len(x), 1, *grid)
         return F.interpolate(logits.sigmoid(), x.shape[2:], mode="bilinear", antialias=True)
-
-    @staticmethod
-    def _grid(inputs: dict) -> tuple[int, int]:
-        """The network answers at the size that it looks at; it drops the batch's dimension where that is one."""
-        return tuple(inputs["pixel_values"].shape[-2:])  # type: ignore[return-value]
 
 
 def roi_box(cam: Tensor, share: float = 0.97) -> Box:
@@ -105,27 +87,19 @@ def roi_box(cam: Tensor, share: float = 0.97) -> Box:
         return 0, 0, width, height
     spans = []
     for profile in (cam.sum(0), cam.sum(1)):
-        mass = profile.cumsum(0) / profile.cumsum(0)[-1]  # in all rows or columns up to this one
-        first = int((mass <= (1 - share) / 2).sum())
-        last = int((mass < (1 + share) / 2).sum())
-        spans.append((first, last + 1))
+        mass = profile.cumsum(0) / profile.cumsum(0)[-1]  # in all columns or rows up to this one
+        spans.append((int((mass <= (1 - share) / 2).sum()), int((mass < (1 + share) / 2).sum()) + 1))
     (left, right), (top, bottom) = spans
     return left, top, right, bottom
 
 
-def roi_crop(image: Image.Image, cam: Tensor, margin: float = 0.0) -> Image.Image:
-    """Cut the RoI's box out of a picture, with `margin` of its size more on each side, as far as the picture goes.
-
-    Args:
-        image: the picture.
-        cam: map as for `roi_box`; it need not have the picture's size.
-        margin: 0.1 makes the crop 1.2 times as wide and as high.
-    """
-    height, width = cam.shape[-2:]
-    box = roi_box(cam)
-    across = _span(box[0] * image.width / width, box[2] * image.width / width, margin, image.width)
-    down = _span(box[1] * image.height / height, box[3] * image.height / height, margin, image.height)
-    return image.crop((across[0], down[0], across[1], down[1]))
+def roi_crop(image: Image.Image, cam: Tensor) -> Image.Image:
+    """Cut the RoI's box out of a picture: whole pixels, at least one. The map need not have the picture's size."""
+    (left, top, right, bottom), (height, width) = roi_box(cam), cam.shape[-2:]
+    x = min(round(left * image.width / width), image.width - 1)
+    y = min(round(top * image.height / height), image.height - 1)
+    end = max(round(right * image.width / width), x + 1), max(round(bottom * image.height / height), y + 1)
+    return image.crop((x, y, *end))
 
 
 def latent_mask(m: Tensor, h: int, w: int) -> Tensor:
@@ -136,10 +110,3 @@ def latent_mask(m: Tensor, h: int, w: int) -> Tensor:
 def roi_weights(m: Tensor, w_bg: float = 0.1) -> Tensor:
     """Weights of the distortion: 1 inside the RoI, `w_bg` in the background (our choice)."""
     return w_bg + (1 - w_bg) * m
-
-
-def _span(start: float, end: float, margin: float, limit: int) -> tuple[int, int]:
-    """An interval widened by its margin, in whole pixels, at least one, cut to [0, limit]."""
-    more = margin * (end - start)
-    first = min(max(round(start - more), 0), limit - 1)
-    return first, min(max(round(end + more), first + 1), limit)

@@ -1,40 +1,34 @@
-"""The two scales of the project: names of models and data. Nothing else in the code knows which scale it runs at."""
+"""The two scales of the project as lists of names, and the one way in which a name becomes a loaded model."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ASSETS = Path(os.environ.get("SLIM_ASSETS", Path(__file__).resolve().parent.parent / "assets"))
 """Where scenes and pocket models lie; the environment variable SLIM_ASSETS moves it."""
+RUNS = Path("runs/paper")
+"""Where the commands of notebook 12 put the compressors that they train at the paper scale."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Names of everything that one experiment loads: local folders or ids of a model hub.
+    """Names of everything that one experiment loads: local folders, or ids of a model hub.
 
-    An id may be pinned to a commit, a tag or a pull request of the hub: "owner/name@revision".
-
-    Attributes:
-        name: how the scale is called in results and files.
-        size: side of the square training and test images, in pixels.
-        ldm: latent diffusion model in the Stable Diffusion folder layout.
-        captioner: a BLIP captioning model.
-        machine_a: the classifier that stage 2 may train against.
-        machine_b: a classifier of another family that nothing is trained against.
-        compressor: folder of the latent compressor's weights: those of stage 2 where there are some.
-        variant: file variant of the diffusers weights ("fp16"), or None.
+    An id may be pinned to a commit, a tag or a pull request of the hub: "owner/name@revision". Nothing else in the
+    code knows at which scale it runs.
     """
 
-    name: str
-    size: int
-    ldm: str
-    captioner: str
-    machine_a: str
-    machine_b: str
-    compressor: str
-    variant: str | None = None
+    name: str  # in results and files
+    size: int  # side of the square pictures, in pixels
+    ldm: str  # latent diffusion model in the Stable Diffusion folder layout
+    captioner: str  # a BLIP captioning model
+    machine_a: str  # the classifier that stage 2 may train against
+    machine_b: str  # a classifier of another family that nothing is trained against
+    compressor: str  # folder of the compressor's weights: those of stage 2 where there are some
+    variant: str | None = None  # of the diffusion model's files, such as "fp16"
 
     @staticmethod
     def from_name(name: str | Path) -> Scale:
@@ -46,33 +40,20 @@ class Scale:
         stages = ("compressor_stage2", "compressor")  # the last that there is; stage 1 stays at hand for comparison
         if str(name) == "paper":
             trained = [str(RUNS / stage) for stage in stages if (RUNS / stage).is_dir()]
-            return PAPER.with_(compressor=trained[0]) if trained else PAPER
-        folder = ASSETS / "pocket" if str(name) == "pocket" else Path(name)
+            return replace(PAPER, compressor=trained[0]) if trained else PAPER
+        pocket = str(name) == "pocket"
+        folder = ASSETS / "pocket" if pocket else Path(name)
         compressor = next((stage for stage in stages if (folder / stage).is_dir()), stages[-1])
-        if not (folder / compressor).is_dir() and str(name) != "pocket":
+        if not (folder / compressor).is_dir() and not pocket:
             raise ValueError(
                 f"unknown scale {str(name)!r}: expected 'pocket', 'paper', or a folder that holds "
                 "ldm/, captioner/, machine_a/, machine_b/ and compressor_stage2/ or compressor/"
             )
-        half = str(name) == "pocket" or any((folder / "ldm").glob("unet/*.fp16.safetensors"))
-        return Scale(
-            name="pocket" if str(name) == "pocket" else folder.name,
-            size=128,
-            ldm=str(folder / "ldm"),
-            captioner=str(folder / "captioner"),
-            machine_a=str(folder / "machine_a"),
-            machine_b=str(folder / "machine_b"),
-            compressor=str(folder / compressor),
-            variant="fp16" if half else None,
-        )
+        half = pocket or any((folder / "ldm").glob("unet/*.fp16.safetensors"))
+        parts = {part: str(folder / part) for part in ("ldm", "captioner", "machine_a", "machine_b")}
+        variant = "fp16" if half else None
+        return Scale(folder.name, 128, **parts, compressor=str(folder / compressor), variant=variant)
 
-    def with_(self, **names: str | int | None) -> Scale:
-        """A copy with some names replaced, such as `scale.with_(compressor="runs/my-compressor")`."""
-        return replace(self, **names)  # type: ignore[arg-type]
-
-
-RUNS = Path("runs/paper")
-"""Where the commands of notebook 12 put the compressors that they train at the paper scale."""
 
 PAPER = Scale(
     name="paper",
@@ -93,6 +74,51 @@ MIRRORS = {
 """Where else to find what was withdrawn, moved or needs terms to be accepted."""
 
 
+def load_plain(cls: Any, name: str | Path, part: str = "", **options: Any) -> Any:
+    """Load anything that has no weights (tokenizer, processor, configuration) by `cls.from_pretrained`.
+
+    Args:
+        cls: a class of transformers or diffusers, or a function that takes what its `from_pretrained` takes.
+        name: a folder (the network is never touched), or a hub id, "@revision" behind it where it is pinned.
+        part: folder inside of it.
+
+    Raises:
+        FileNotFoundError: `name` looks like a path, and there is no such folder, or it lacks the part.
+        OSError: the hub does not give it; says why and what to do.
+    """
+    head, revision = split_revision(name)
+    local = Path(head).is_dir()
+    # Ids of the hub are "name" or "owner/name"; everything else was meant as a folder.
+    if not local and (isinstance(name, Path) or head.startswith((".", "/", "~")) or head.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {head}: expected the files of {getattr(cls, '__name__', cls)}")
+    if local and not (Path(head) / part).is_dir():
+        raise FileNotFoundError(f"{head} has no folder {part}/")
+    where = {"subfolder": part} if part else {}
+    load = getattr(cls, "from_pretrained", cls)
+    try:
+        return load(head, local_files_only=local, revision=revision or "main", **where, **options)
+    except OSError as error:
+        raise error if local else hub_error(str(name), error) from error
+
+
+def load_pretrained(cls: Any, name: str | Path, part: str = "", **options: Any) -> Any:
+    """`load_plain` for weights: safetensors only, and they must fit, or the libraries would leave gaps random.
+
+    Raises:
+        ValueError: weights are missing, surplus or of another shape; names some.
+    """
+    model, info = load_plain(cls, name, part, use_safetensors=True, output_loading_info=True, **options)
+    # position_ids is a constant that files of older library versions carry along
+    surplus = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+    faults = {"missing": info["missing_keys"], "unexpected": surplus, "of another shape": info["mismatched_keys"]}
+    for kind, keys in faults.items():
+        if keys:
+            names = ", ".join(sorted(map(str, keys))[:3])
+            where = f"{name}/{part}" if part else name
+            raise ValueError(f"{where}: {len(keys)} weights are {kind} (such as {names}); is this a {cls.__name__}?")
+    return model
+
+
 def split_revision(name: str | Path) -> tuple[str, str | None]:
     """ "owner/name@revision" to (name, revision); what is a folder, or not pinned, keeps its name and gets None."""
     text = str(name)
@@ -102,39 +128,28 @@ def split_revision(name: str | Path) -> tuple[str, str | None]:
     return head, revision
 
 
-def hub_error(name: str, error: Exception) -> OSError:
-    """Why a model or data set cannot be had from the hub, in one cause, and what to do about it.
+CAUSES = {
+    ("gated", "403"): "it is gated: open https://huggingface.co/{head}, accept its terms with your account, and log in "
+    "with `hf auth login` (or set HF_TOKEN)",
+    ("offline", "connect", "localentrynotfound", "resolve host", "timed out", "server error"): "there is no connection "
+    "to the hub and no copy in the cache: check the network and HF_HUB_OFFLINE, or name a mirror of the hub in "
+    "HF_ENDPOINT, such as https://hf-mirror.com",
+    ("safetensors",): "it holds no safetensors file under that name, and pickled weights are never loaded here. Leave "
+    "out the revision or the variant; or convert it once where you trust it, with its class's from_pretrained and "
+    "save_pretrained, and name the folder",
+    ("",): "there is nothing of that name or revision that you may see: it was withdrawn, renamed, or is private",
+}
+"""Words in a library's error, and what they mean; the first that fits counts."""
 
-    Args:
-        name: the id as it was asked for.
-        error: what the library raised.
-    """
+
+def hub_error(name: str, error: Exception) -> OSError:
+    """Why a model or data set, asked for by `name`, cannot be had from the hub, and what to do about it."""
     said = " ".join(f"{type(one).__name__}: {one}" for one in (error, error.__cause__, error.__context__) if one)
-    lower, (head, _) = said.lower(), split_revision(name)
-    if "gated" in lower or "403" in lower:
-        why = (
-            f"it is gated: open https://huggingface.co/{head}, accept its terms with your account, and log in with "
-            "`hf auth login` (or set HF_TOKEN)"
-        )
-    elif "safetensors" in lower and "offline" not in lower:
-        why = (
-            "it holds no safetensors file under that name, and pickled weights are never loaded here. Leave out the "
-            "revision or the variant; or convert it once where you trust it, with its class's from_pretrained and "
-            "save_pretrained, and name the folder"
-        )
-    elif any(
-        word in lower
-        for word in ("offline", "connect", "localentrynotfound", "resolve host", "timed out", "server error")
-    ):
-        why = (
-            "there is no connection to the hub and no copy in the cache: check the network and HF_HUB_OFFLINE, or name "
-            "a mirror of the hub in HF_ENDPOINT, such as https://hf-mirror.com"
-        )
-    else:
-        why = "there is nothing of that name or revision that you may see: it was withdrawn, renamed, or is private"
-    mirror, said = MIRRORS.get(head), " ".join(str(error).split())[:300]
+    head = split_revision(name)[0]
+    why = next(why for words, why in CAUSES.items() if any(word in said.lower() for word in words))
+    mirror = MIRRORS.get(head)
     return OSError(
-        f"cannot get {name} from the hub: {why}.{f' A mirror: {mirror}.' if mirror else ''} A folder does as well: "
-        f"`hf download {mirror or head} --local-dir FOLDER` on any machine, then name FOLDER instead. "
-        f"(The library said: {said})"
+        f"cannot get {name} from the hub: {why.format(head=head)}.{f' A mirror: {mirror}.' if mirror else ''} "
+        f"A folder does as well: `hf download {mirror or head} --local-dir FOLDER` on any machine, then name FOLDER "
+        f"instead. (The library said: {' '.join(str(error).split())[:300]})"
     )

@@ -23,7 +23,7 @@ first, the top bit of a byte says that another byte follows. Fields stand in thi
 
 Seven bytes come before the payload at the default size, t0, steps and seed. No field says how much memory to
 take: the image may have `FREE_PIXELS` plus `PIXELS_PER_BYTE` pixels a payload byte and never more than
-`MAX_PIXELS`, or the stream is refused. (`pack` appends zero bytes to the payload of a huge flat image; a
+`LARGEST_IMAGE`, or the stream is refused. (`pack` appends zero bytes to the payload of a huge flat image; a
 range decoder reads zeros there anyway.)
 """
 
@@ -34,12 +34,14 @@ from dataclasses import dataclass
 
 MAGIC = 0x53
 VERSION = 1
-DEFAULT_SIZE = (128, 128)
-MAX_PIXELS = 1 << 26  # 8192 x 8192
+LARGEST_IMAGE = 1 << 26  # pixels: 8192 x 8192
 FREE_PIXELS = 1 << 20
 PIXELS_PER_BYTE = 1 << 14
 FIXED_BYTES = 7
-CAPTION, SIZE, DIFFUSION, SEED = 1, 2, 4, 8
+CAPTION = 1  # the flag of bit 0
+OPTIONAL = {2: ("width", "height"), 4: ("t0", "steps"), 8: ("seed",)}  # the other flags and their fields, in order
+LARGEST = {"fingerprint": 0xFFFF, "quality": 255, "t0": 0xFFFF, "steps": 0xFFFF, "seed": 0xFFFFFFFF}
+LARGEST |= {"width": LARGEST_IMAGE, "height": LARGEST_IMAGE}
 
 
 class StreamError(ValueError):
@@ -48,63 +50,42 @@ class StreamError(ValueError):
 
 @dataclass(frozen=True)
 class StreamHeader:
-    """What a decoder must know besides the payload.
+    """What a decoder must know besides the payload."""
 
-    Attributes:
-        fingerprint: 16 bits over the weights that wrote the stream.
-        quality: quality byte, 0..255.
-        width, height: true size of the image in pixels (what is coded may be padded).
-        caption: whether the payload begins with a caption.
-        t0, steps: noise level and number of denoising steps; both None means the compressor's table.
-        seed: seed of the noise.
-    """
-
-    fingerprint: int
-    quality: int
-    width: int = DEFAULT_SIZE[0]
-    height: int = DEFAULT_SIZE[1]
-    caption: bool = False
-    t0: int | None = None
-    steps: int | None = None
-    seed: int = 0
+    fingerprint: int  # 16 bits over the weights that wrote the stream
+    quality: int  # quality byte, 0..255
+    width: int = 128  # true size of the image in pixels (what is coded may be padded)
+    height: int = 128
+    caption: bool = False  # whether the payload begins with one
+    t0: int | None = None  # noise level, and
+    steps: int | None = None  # number of denoising steps; both None means the compressor's table
+    seed: int = 0  # of the noise
 
 
 def pack(header: StreamHeader, payload: bytes) -> bytes:
-    """Join header and payload into one .slim stream.
-
-    Raises:
-        ValueError: a header field is out of its range.
-    """
-    _check("fingerprint", header.fingerprint, 0, 0xFFFF)
-    _check("quality", header.quality, 0, 255)
-    _check("width", header.width, 1, MAX_PIXELS)
-    _check("height", header.height, 1, MAX_PIXELS)
-    _check("width * height", header.width * header.height, 1, MAX_PIXELS)
-    _check("seed", header.seed, 0, 0xFFFFFFFF)
+    """Join header and payload into one .slim stream; a field out of its range raises ValueError."""
+    for name, largest in LARGEST.items():
+        value = getattr(header, name)
+        if value is not None and not 0 <= value <= largest:
+            raise ValueError(f"{name} is {value}; a .slim stream holds 0 to {largest}.")
+    if not 0 < (pixels := header.width * header.height) <= LARGEST_IMAGE:
+        raise ValueError(f"The image has {pixels} pixels; a .slim stream holds 1 to {LARGEST_IMAGE}.")
     if (header.t0 is None) != (header.steps is None):
         raise ValueError("t0 and steps belong together: give both, or neither to use the compressor's table.")
 
-    flags = CAPTION * bool(header.caption)
-    fields = header.fingerprint.to_bytes(2, "big") + bytes([header.quality])
-    if (header.width, header.height) != DEFAULT_SIZE:
-        flags |= SIZE
-        fields += _varint(header.width) + _varint(header.height)
-    if header.t0 is not None and header.steps is not None:
-        _check("t0", header.t0, 0, 0xFFFF)
-        _check("steps", header.steps, 0, 0xFFFF)
-        flags |= DIFFUSION
-        fields += _varint(header.t0) + _varint(header.steps)
-    if header.seed:
-        flags |= SEED
-        fields += _varint(header.seed)
-
-    needed = -(-(header.width * header.height - FREE_PIXELS) // PIXELS_PER_BYTE)
+    flags, fields = CAPTION * bool(header.caption), header.fingerprint.to_bytes(2, "big") + bytes([header.quality])
+    for flag, names in OPTIONAL.items():
+        values = [getattr(header, name) for name in names]
+        if values != [getattr(StreamHeader, name) for name in names]:
+            flags |= flag
+            fields += b"".join(map(_varint, values))
+    needed = -(-(pixels - FREE_PIXELS) // PIXELS_PER_BYTE)
     payload = payload + bytes(max(0, needed - len(payload)))
     start = bytes([MAGIC, VERSION << 4 | flags])
     return start + _crc(start + fields + payload) + fields + payload
 
 
-def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = MAX_PIXELS) -> tuple[StreamHeader, bytes]:
+def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = LARGEST_IMAGE) -> tuple[StreamHeader, bytes]:
     """Split a .slim stream into header and payload, after checking everything that can be checked.
 
     Args:
@@ -115,7 +96,6 @@ def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = MAX_PI
     Raises:
         StreamError: empty, cut, altered, foreign, of another version or other weights, or of an absurd size.
     """
-    data = bytes(data)
     if not data:
         raise StreamError("The stream is empty.")
     if data[0] != MAGIC:
@@ -125,8 +105,7 @@ def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = MAX_PI
     version, flags = data[1] >> 4, data[1] & 15
     if version != VERSION:
         raise StreamError(f"The stream is of version {version}; this program reads version {VERSION}.")
-    # The sum comes before any field is believed.
-    if _crc(data[:2] + data[4:]) != data[2:4]:
+    if _crc(data[:2] + data[4:]) != data[2:4]:  # before any field is believed
         raise StreamError("The stream is damaged: its check sum does not match (cut, altered, or not a .slim file).")
 
     written_by = int.from_bytes(data[4:6], "big")
@@ -135,24 +114,17 @@ def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = MAX_PI
             f"The stream was written with other weights (fingerprint {written_by:04x}, "
             f"here {fingerprint:04x}). Load the compressor that wrote it."
         )
-    at = FIXED_BYTES
-    (width, height), t0, steps, seed = DEFAULT_SIZE, None, None, 0
-    if flags & SIZE:
-        width, at = _read_varint(data, at, 0xFFFFFFF)
-        height, at = _read_varint(data, at, 0xFFFFFFF)
-    if flags & DIFFUSION:
-        t0, at = _read_varint(data, at, 0xFFFF)
-        steps, at = _read_varint(data, at, 0xFFFF)
-    if flags & SEED:
-        seed, at = _read_varint(data, at, 0xFFFFFFFF)
-    payload = data[at:]
+    at, values = FIXED_BYTES, {}
+    for flag, names in OPTIONAL.items():
+        for name in names if flags & flag else ():
+            values[name], at = _read_varint(data, at, LARGEST[name])
+    header, payload = StreamHeader(written_by, data[6], caption=bool(flags & CAPTION), **values), data[at:]
     limit = min(max_pixels, FREE_PIXELS + PIXELS_PER_BYTE * len(payload))
-    if not (width and height and width * height <= limit):
+    if not 0 < header.width * header.height <= limit:
         raise StreamError(
-            f"The stream claims an image of {width} x {height} pixels; "
+            f"The stream claims an image of {header.width} x {header.height} pixels; "
             f"{len(payload)} bytes of payload may claim {limit} pixels at the most."
         )
-    header = StreamHeader(written_by, data[6], width, height, bool(flags & CAPTION), t0, steps, seed)
     return header, payload
 
 
@@ -180,8 +152,3 @@ def _read_varint(data: bytes, at: int, largest: int) -> tuple[int, int]:
                 raise StreamError(f"A header field holds {value}; {largest} is the most it may hold.")
             return value, at
     raise StreamError("A header field is longer than any number it may hold.")
-
-
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; a .slim stream holds {low} to {high}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,7 @@ TINY_WORDS = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast things first: unit tests, then notebooks, then the browser; each in the order of the files."""
-
-    def slowness(item: pytest.Item) -> int:
-        if item.get_closest_marker("browser"):
-            return 2
-        return 1 if item.get_closest_marker("notebook") else 0
-
-    items.sort(key=slowness)
+    items.sort(key=lambda item: 2 if item.get_closest_marker("browser") else bool(item.get_closest_marker("notebook")))
 
 
 @pytest.fixture(scope="session")
@@ -42,11 +37,11 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     machine_a/   timm ResNet for 64 px images, classes TINY_CLASSES
     machine_b/   timm ConvNeXt, the same classes
 
-    It is shared by the whole session: copy it before changing anything in it.
+    The whole session shares it: copy it before changing anything in it.
     """
     import torch
 
-    from slimlib.repro import quiet_libraries
+    from slimlib.utils import quiet_libraries
 
     quiet_libraries()
     folder = tmp_path_factory.mktemp("tiny_world")
@@ -59,118 +54,52 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _tokenizer(length: int):
-    """One word-level tokenizer class for both text models: CLIPTokenizer maps every word to [UNK]."""
-    from transformers import BertTokenizer
+@pytest.fixture(scope="session")
+def tiny_codec_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_world` with compressor/, and a caption prior in it: all that a codec needs. Shared as well."""
+    from tiny_codec import make_world
 
-    return BertTokenizer(vocab={word: i for i, word in enumerate(TINY_WORDS)}, model_max_length=length)
-
-
-def _save_twice(model, folder: Path) -> None:
-    """The fp16 variant first, from a copy: saved last, it would leave "half" in the config of both."""
-    import torch
-
-    copy.deepcopy(model).to(torch.float16).save_pretrained(folder, variant="fp16")
-    model.save_pretrained(folder)
+    return make_world(tiny_world, tmp_path_factory.mktemp("tiny_codec") / "world")
 
 
 def _save_ldm(folder: Path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = _tokenizer(length=16)
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
         norm_num_groups=4,
         sample_size=64,
         scaling_factor=3.0,  # brings the latent of these random weights to about unit variance
     )
     unet = UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
         block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        attention_head_dim=8,
         cross_attention_dim=32,
         norm_num_groups=8,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(TINY_WORDS),
-            hidden_size=32,
-            projection_dim=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.sep_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon",
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    text_encoder = CLIPTextModel(CLIPTextConfig(**_text_model(16)))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipeline = StableDiffusionPipeline(vae, text_encoder, _tokenizer(16), unet, scheduler, None, None, None, False)
     _save_twice(pipeline, folder)
 
 
 def _save_captioner(folder: Path) -> None:
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
 
-    tokenizer = _tokenizer(length=24)
-    width = 32
-    config = BlipConfig(
-        text_config={
-            "vocab_size": len(TINY_WORDS),
-            "hidden_size": width,
-            "encoder_hidden_size": width,
-            "intermediate_size": 64,
-            "projection_dim": width,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 24,
-            "bos_token_id": tokenizer.cls_token_id,
-            "eos_token_id": tokenizer.sep_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={
-            "hidden_size": width,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 16,
-        },
-        projection_dim=width,
-        image_text_hidden_size=width,
-    )
+    text = _text_model(24) | {"encoder_hidden_size": 32, "sep_token_id": TINY_WORDS.index("[SEP]")}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = {name: text[name] for name in names} | {"image_size": 64, "patch_size": 16}
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=32, image_text_hidden_size=32)
     _save_twice(BlipForConditionalGeneration(config).eval(), folder)
     image_processor = BlipImageProcessor(size={"height": 64, "width": 64})
-    BlipProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    BlipProcessor(image_processor=image_processor, tokenizer=_tokenizer(24)).save_pretrained(folder)
 
 
 def _save_machine(folder: Path, name: str) -> None:
@@ -181,3 +110,33 @@ def _save_machine(folder: Path, name: str) -> None:
     preprocessing = {**model.pretrained_cfg, "input_size": (3, 64, 64), "crop_pct": 1.0}
     config = {"num_classes": len(TINY_CLASSES), "label_names": TINY_CLASSES, "pretrained_cfg": preprocessing}
     save_for_hf(model, folder, safe_serialization=True, model_config=config)
+
+
+def _text_model(length: int) -> dict[str, Any]:
+    """What both text models have in common."""
+    tokens = {name: TINY_WORDS.index(f"[{word}]") for name, word in (("bos", "CLS"), ("eos", "SEP"), ("pad", "PAD"))}
+    return {
+        "vocab_size": len(TINY_WORDS),
+        "hidden_size": 32,
+        "projection_dim": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": length,
+        **{f"{name}_token_id": index for name, index in tokens.items()},
+    }
+
+
+def _tokenizer(length: int) -> Any:
+    """One word-level tokenizer class for both text models: CLIPTokenizer maps every word to [UNK]."""
+    from transformers import BertTokenizer
+
+    return BertTokenizer(vocab={word: i for i, word in enumerate(TINY_WORDS)}, model_max_length=length)
+
+
+def _save_twice(model: Any, folder: Path) -> None:
+    """The fp16 variant first, from a copy: saved last, it would leave "half" in the config of both."""
+    import torch
+
+    copy.deepcopy(model).to(torch.float16).save_pretrained(folder, variant="fp16")
+    model.save_pretrained(folder)

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,15 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from slimlib.baselines import PixelCodec, encode_classic, payload_bytes
 from slimlib.codec import SlimCodec
 from slimlib.compressor import CompressorConfig, LatentCompressor
-from slimlib.evaluation import Ceiling, Classic, Pixels, Slim, evaluate, table
+from slimlib.data.scenes import PocketScenes, Scene
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
-from slimlib.pool import ScenePool
+from slimlib.measure import methods
+from slimlib.measure.baselines import PixelCodec, encode_classic, payload_bytes
+from slimlib.measure.evaluation import evaluate, summarise
 from slimlib.scales import Scale
-from slimlib.scenes import PocketScenes, Scene
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +68,7 @@ def scenes(split: str, size: int, count: int) -> list[Scene]:
 def open_codec(weights: str | None = None, exact: bool = True) -> SlimCodec:
     """The pocket codec as it is shipped, or with the compressor of another folder in assets/pocket."""
     scale = Scale.from_name("pocket")
-    scale = scale.with_(compressor=str(POCKET / weights)) if weights else scale
+    scale = replace(scale, compressor=str(POCKET / weights)) if weights else scale
     return SlimCodec.from_pretrained(scale, device="cpu", exact=exact)
 
 
@@ -78,7 +78,14 @@ def machine(name: str) -> Machine:
 
 def latents(codec: SlimCodec, streams: list[bytes]) -> list[bytes]:
     """The decompressed latents as float32, before any diffusion."""
-    return [decoded.z_hat.numpy().astype("<f4").tobytes() for decoded in codec.read(streams)]
+    return [decoded.z_hat.numpy().astype("<f4").tobytes() for decoded in map(codec.read, streams)]
+
+
+def compress(
+    codec: SlimCodec, images: list[Image.Image], quality: float, captions: list[str] | str | None
+) -> list[bytes]:
+    words = captions if isinstance(captions, list) else [captions] * len(images)
+    return [codec.compress(image, quality, text) for image, text in zip(images, words, strict=True)]
 
 
 def pixel_codec(weights: str) -> PixelCodec:
@@ -98,30 +105,33 @@ def train(stage: int, settings: dict, out: Path, one_step: bool = False) -> None
     z, masks, images, labels = tiny_world()
     if stage == 1:
         one = Stage1Config(**{"steps": 20, "batch": 4, "warmup": 2, **settings})
-        train_stage1(one, z, masks[:, None], out, config, **options)
+        train_stage1(one, z, masks, out, config, **options)
     else:
         two = Stage2Config(**{"steps": 3, "batch": 2, "warmup": 1, "lambda_max": 1.0, **settings})
-        pool = ScenePool(images, masks, labels, [f"a {'red fox' if i % 2 else 'banana'}" for i in labels], [""] * 8)
+        captions = [f"a {'red fox' if i % 2 else 'banana'}" for i in labels]
         ldm = LatentDiffusion.from_pretrained(POCKET / "ldm", "fp16", "cpu")
         torch.manual_seed(7)
-        train_stage2(two, z, pool, ldm, machine("machine_a"), out, LatentCompressor(config), **options)
+        data = z, masks, labels, captions, ldm, machine("machine_a")
+        train_stage2(two, *data, out, LatentCompressor(config), images, **options)
 
 
 def evaluation_rows(count: int) -> list[dict]:
     """The evaluation's table of some methods over the first test scenes, without its times."""
     slim, first = open_codec(exact=False), open_codec("compressor", exact=False)
     variants = ("", "no caption", "no diffusion", "oracle crop", "caption only")
-    methods = [
-        Ceiling(slim),
-        Slim("SLIM", slim, FEW_QUALITIES, variants, timed=0),
-        Slim("SLIM, stage 1", first, FEW_QUALITIES, timed=0),
-        Pixels("hyperprior", pixel_codec("baseline_mse"), FEW_QUALITIES),
-        Pixels("hyperprior, machine loss", pixel_codec("baseline_task"), FEW_QUALITIES),
-        Classic("webp", (20, 60)),
+    jobs = [
+        methods.ceiling(slim),
+        methods.slim("SLIM", slim, FEW_QUALITIES, variants, timed=0),
+        methods.slim("SLIM, stage 1", first, FEW_QUALITIES, timed=0),
+        methods.pixels("hyperprior", pixel_codec("baseline_mse"), FEW_QUALITIES),
+        methods.pixels("hyperprior, machine loss", pixel_codec("baseline_task"), FEW_QUALITIES),
+        methods.classic("webp", (20, 60)),
     ]
-    machines = machine("machine_a"), machine("machine_b")
-    rows = table(evaluate([(method, count) for method in methods], machines, progress=False))
-    return [{k: v for k, v in asdict(row).items() if k not in ("encode_ms", "decode_ms")} for row in rows]
+    machines = {"a": machine("machine_a"), "b": machine("machine_b")}
+    results = evaluate(PocketScenes("test"), [(method, count) for method in jobs], machines, progress=False)
+    rows = summarise(results).drop(columns=["encode_ms", "decode_ms"]).to_dict("records")
+    # In the record a classic codec's quality is a whole number.
+    return [row | {"quality": int(row["quality"]) if row["quality"] > 1 else row["quality"]} for row in rows]
 
 
 # ---- the sections ----------------------------------------------------------------------------------------------------
@@ -148,10 +158,10 @@ def record_codec(quick: bool) -> dict:
     images = [scene.image for scene in scenes("test", 128, FEW if quick else SCENES)]
     shipped = open_codec()
     say("codec: captions")
-    auto = shipped.compress(images, FEW_QUALITIES[0], "auto")
-    captions = [report.caption for report in shipped.inspect(auto)]
+    auto = compress(shipped, images, FEW_QUALITIES[0], "auto")
+    captions = [shipped.inspect(stream).caption for stream in auto]
     record |= {f"captions, {count} scenes": captions[:count] for count in (FEW, len(images))}
-    if shipped.compress(images, FEW_QUALITIES[0], captions) != auto:
+    if compress(shipped, images, FEW_QUALITIES[0], captions) != auto:
         raise AssertionError("a caption given as text makes another stream than the same one found by the codec")
     for weights in ("compressor", "compressor_uniform", "compressor_stage2"):
         codec = open_codec(weights)
@@ -159,11 +169,11 @@ def record_codec(quick: bool) -> dict:
             say(f"codec: {weights}, quality {quality:g}")
             for kind, given in (("auto", captions), ("none", None)):
                 name = f"{weights}, quality {quality:g}, caption {kind}"
-                streams = codec.compress(images, quality, given)
+                streams = compress(codec, images, quality, given)
                 put(f"{name}, streams", streams, quality)
                 put(f"{name}, latents", latents(codec, streams), quality)
                 if weights == "compressor_stage2" and kind == "auto":  # these weights are shipped
-                    pixels = [picture.tobytes() for picture in shipped.decompress(streams[:FEW])]
+                    pixels = [shipped.decompress(stream).tobytes() for stream in streams[:FEW]]
                     record[f"as shipped, quality {quality:g}, caption {kind}, pixels"] = sha(pixels)
     odd = shipped.compress(images[0].resize((70, 33)), 0.5, "A red fox, typed", steps=2, seed=5, t0=80)
     record["70 x 33 px, typed caption, own steps, seed, t0: stream"] = sha([odd])

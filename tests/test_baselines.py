@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import train
 from PIL import Image
 from tiny_codec import picture
 
-from slimlib.baselines import (
+from slimlib.compressor import CompressorConfig, LatentCompressor
+from slimlib.measure.baselines import (
     CODECS,
     CONTRAST,
     PixelCodec,
@@ -21,15 +21,10 @@ from slimlib.baselines import (
     downscale,
     encode_classic,
     from_patches,
-    main,
     nearest_size,
     payload_bytes,
     to_patches,
 )
-from slimlib.compressor import CompressorConfig, LatentCompressor
-from slimlib.pool import ScenePool
-from slimlib.pretrain import Run
-from slimlib.scales import ASSETS
 from slimlib.stream import StreamError
 
 
@@ -54,6 +49,17 @@ def test_encoding(image: Image.Image, codec: str) -> None:
         assert 0 < payload_bytes(data, codec) < len(data)
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_only_pixels_are_encoded(image: Image.Image, codec: str) -> None:
+    """Pillow writes what a picture carries along: a colour profile, Exif data, a comment."""
+    exif, laden = Image.Exif(), image.copy()
+    exif[0x010E] = "described at length " * 50
+    laden.info |= {"icc_profile": bytes(3000), "exif": exif.tobytes(), "comment": b"a comment", "dpi": (300, 300)}
+    assert encode_classic(laden, codec, 50) == encode_classic(image, codec, 50)
+    assert nearest_size(laden, codec, 400)[0] == nearest_size(image, codec, 400)[0]
+    assert laden.info["comment"] == b"a comment"
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -120,7 +126,7 @@ def test_wrong_arguments(image: Image.Image) -> None:
 def untrained() -> PixelCodec:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        codec = PixelCodec.new()
+        codec = train.new_pixel_codec()
     codec.compressor.update()
     codec.compressor.eval()
     return codec
@@ -162,7 +168,7 @@ def test_real_bytes(untrained: PixelCodec, size: tuple[int, int], tmp_path: Path
 
 
 def test_weights_come_back_strictly(untrained: PixelCodec, tmp_path: Path) -> None:
-    untrained.save_pretrained(tmp_path)
+    untrained.compressor.save_pretrained(tmp_path)
     again = PixelCodec.from_pretrained(tmp_path)
     image = picture(64, 64)
     assert again.compress(image, 0.5) == PixelCodec.from_pretrained(tmp_path).compress(image, 0.5)
@@ -170,25 +176,3 @@ def test_weights_come_back_strictly(untrained: PixelCodec, tmp_path: Path) -> No
         PixelCodec(LatentCompressor(CompressorConfig()))
     with pytest.raises(FileNotFoundError):
         PixelCodec.from_pretrained(tmp_path / "nothing")
-
-
-def test_training_and_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of each, on a few scenes: weights, cards, and a checkpoint that the second run finds finished."""
-    pool = ScenePool.load(tmp_path / "work" / "cache", "train", 8, progress=False)
-    assert len(pool) == 8
-    monkeypatch.setattr(Run, "test_pool", lambda self: self.train_pool())
-    shutil.copytree(ASSETS / "pocket" / "machine_a", tmp_path / "out" / "machine_a")
-    where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--pool", "8", "--batch", "2", "--quiet"]
-    main(["mse", "--steps", "2", *where])
-    main(["task", "--steps", "2", "--device", "cpu", *where])
-    cards = [json.loads((tmp_path / "out" / f"baseline_{n}" / "card.json").read_text()) for n in ("mse", "task")]
-    for card in cards:
-        assert card["training"]["steps"] == 2 and card["training"]["batch"] == 2
-        assert "8 training scenes" in card["training"]["data"]
-    assert "cross-entropy" in cards[1]["training"]["loss"] and "cross-entropy" not in cards[0]["training"]["loss"]
-    before = (tmp_path / "out" / "baseline_mse" / "model.safetensors").read_bytes()
-    main(["mse", "--steps", "2", "--resume", *where])
-    assert (tmp_path / "out" / "baseline_mse" / "model.safetensors").read_bytes() == before
-    codec = PixelCodec.from_pretrained(tmp_path / "out" / "baseline_task")
-    roi = codec.compressor.encoder.roi.state_dict()
-    assert all(not value.any() for value in roi.values()), "it predicts no region of interest"

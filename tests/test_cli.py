@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from tiny_codec import make_world, picture
 
-from slimlib.__main__ import main
+from slimlib import __main__ as cli
 
 REPO = Path(__file__).resolve().parent.parent
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -21,160 +25,201 @@ def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tiny_world, tmp_path_factory.mktemp("cli") / "world")
 
 
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    picture(70, 50).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder to stand in, with a picture."""
+    monkeypatch.chdir(tmp_path)
+    picture(70, 50).save("photo.png")
 
 
-def slim(world: Path, *arguments: object) -> int:
-    return main([*map(str, arguments), "--scale", str(world)])
+def slim(world: Path, words: str, *more: str) -> int:
+    return cli.main([*words.split(), *more, "--scale", str(world)])
 
 
-def test_there_and_back(world: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stream, back = photo.with_suffix(".slim"), photo.with_name("back.webp")
-    assert slim(world, "compress", photo, stream, "--quality", 0.3, "--caption", "A red fox", "--steps", 2) == 0
+# ---- the codec -------------------------------------------------------------------------------------------
+
+
+def test_there_and_back(world: Path, capsys: Capture) -> None:
+    words = ["--caption", "A red fox", "--steps", "2", "--t0", "100", "--seed", "4"]
+    assert slim(world, "compress photo.png photo.slim --quality 0.3", *words) == 0
     said = capsys.readouterr()
-    assert f"{stream.stat().st_size} bytes" in said.out
-    assert '"a red fox"' in said.out
-    assert "bpp" in said.out
-    assert "ms" in said.out
-    assert "loading" in said.err
-    assert slim(world, "inspect", stream) == 0
+    assert said.err == f"loading the models ({world}) ...\n"
+    assert said.out.startswith(f"photo.slim: {Path('photo.slim').stat().st_size} bytes, ")
+    assert ' bpp at 70 x 50, caption "a red fox", ' in said.out and said.out.endswith(" ms\n")
+    assert slim(world, "inspect photo.slim") == 0
     said = capsys.readouterr()
-    assert "70 x 50" in said.out
-    assert "2 steps" in said.out
-    assert "latent" in said.out
-    assert slim(world, "decompress", stream, back, "--steps", 1) == 0
-    assert Image.open(back).size == (70, 50)
-    assert sorted(p.name for p in photo.parent.iterdir()) == ["back.webp", "photo.png", "photo.slim"]
+    assert all(part in said.out for part in ("70 x 50", "quality 0.298", "t0 = 100", "2 steps", "seed 4", "latent"))
+    assert slim(world, "decompress photo.slim back.webp --steps 1") == 0
+    assert capsys.readouterr().out.startswith("back.webp: 70 x 50 pixels, ")
+    assert Image.open("back.webp").format == "WEBP" and Image.open("back.webp").size == (70, 50)
+    assert sorted(os.listdir()) == ["back.webp", "photo.png", "photo.slim"]
 
 
-def test_caption_choices(world: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stream = photo.with_suffix(".slim")
-    assert slim(world, "compress", photo, stream, "--caption", "none") == 0
-    assert "no caption" in capsys.readouterr().out
-    assert slim(world, "compress", photo, stream, "--force", "--caption", "auto", "--seed", 4, "--t0", 100) == 0
-    assert slim(world, "inspect", stream) == 0
-    assert "t0 = 100" in capsys.readouterr().out
+@pytest.mark.parametrize(("caption", "said"), [("none", "no caption"), ("auto", 'caption "'), ("", "no caption")])
+def test_captions(world: Path, capsys: Capture, caption: str, said: str) -> None:
+    assert slim(world, "compress photo.png photo.slim --caption", caption) == 0
+    assert said in capsys.readouterr().out
 
 
-def test_nothing_is_overwritten_unasked(world: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stream, back = photo.with_suffix(".slim"), photo.with_name("back.png")
-    stream.write_bytes(b"precious")
-    assert slim(world, "compress", photo, stream, "--caption", "none") == 1
-    assert "--force" in capsys.readouterr().err
-    assert stream.read_bytes() == b"precious"
-    assert slim(world, "compress", photo, stream, "--caption", "none", "--force") == 0
-    assert stream.read_bytes() != b"precious"
-    back.write_bytes(b"precious")
-    assert slim(world, "decompress", stream, back) == 1
-    assert back.read_bytes() == b"precious"
-    assert slim(world, "decompress", stream, back, "--force") == 0
-    assert Image.open(back).size == (70, 50)
-    assert slim(world, "compress", photo, photo, "--force") == 1
-    assert "input" in capsys.readouterr().err
-    assert Image.open(photo).size == (70, 50)
-
-
-def test_a_failure_leaves_the_old_file_alone(world: Path, photo: Path) -> None:
-    stream, back = photo.with_suffix(".slim"), photo.with_name("back.png")
+def test_nothing_is_overwritten_unasked(world: Path, capsys: Capture) -> None:
+    stream, back = Path("photo.slim"), Path("back.png")
+    for words, output in (("compress photo.png photo.slim", stream), ("decompress photo.slim back.png", back)):
+        output.write_bytes(b"precious")
+        assert slim(world, words) == 1
+        assert "--force" in capsys.readouterr().err
+        assert output.read_bytes() == b"precious"
+        assert slim(world, words, "--force") == 0
+        assert output.read_bytes() != b"precious"
+    assert slim(world, "compress photo.png photo.png --force") == 1
+    assert "is the input" in capsys.readouterr().err
     stream.write_bytes(b"broken")
     back.write_bytes(b"precious")
-    assert slim(world, "decompress", stream, back, "--force") == 1
-    assert back.read_bytes() == b"precious"
+    assert slim(world, "decompress photo.slim back.png --force") == 1
+    assert back.read_bytes() == b"precious", "a failure leaves the old file alone"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("words", "reason"),
     [
-        (["compress", "none.png", "out.slim"], "there is no file none.png"),
-        (["compress", "text.png", "out.slim"], "not a picture"),
-        (["compress", "photo.png", "nowhere/out.slim"], "there is no folder"),
-        (["compress", "photo.png", "."], "is a folder"),
-        (["compress", "photo.png", "out.slim", "--caption", "x" * 300], "300 characters"),
-        (["compress", "photo.png", "out.slim", "--t0", "5000"], "t0 is 5000"),
-        (["decompress", "none.slim", "out.png"], "there is no file none.slim"),
-        (["decompress", "empty.slim", "out.png"], "empty"),
-        (["decompress", "photo.png", "out.png"], "not a .slim stream"),
-        (["decompress", "cut.slim", "out.png"], "damaged"),
-        (["decompress", "cut.slim", "out.xyz"], ".png"),
-        (["decompress", ".", "out.png"], "folder"),
-        (["inspect", "cut.slim"], "damaged"),
-        (["inspect", "none.slim"], "there is no file"),
+        ("compress none.png out.slim", "'none.png'"),
+        ("compress text.png out.slim", "not a picture"),
+        ("compress photo.png nowhere/out.slim", "there is no folder"),
+        ("compress photo.png .", ". is a folder"),
+        (f"compress photo.png out.slim --caption {'x' * 300}", "300 characters"),
+        ("compress photo.png out.slim --t0 5000", "t0 is 5000"),
+        ("decompress none.slim out.png", "'none.slim'"),
+        ("decompress empty.slim out.png", "empty"),
+        ("decompress photo.png out.png", "not a .slim stream"),
+        ("decompress cut.slim out.png", "damaged"),
+        ("decompress cut.slim out.xyz", "end its name in .png"),
+        ("decompress . out.png", "Is a directory: '.'"),
+        ("inspect cut.slim", "damaged"),
+        ("inspect none.slim", "'none.slim'"),
     ],
 )
-def test_failures_say_why(
-    world: Path,
-    photo: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    reason: str,
-) -> None:
-    monkeypatch.chdir(photo.parent)
+def test_failures_say_why_in_one_line(world: Path, cut: bytes, capsys: Capture, words: str, reason: str) -> None:
     Path("text.png").write_text("no picture")
-    Path("empty.slim").write_bytes(b"")
-    assert slim(world, "compress", photo, "cut.slim", "--caption", "none") == 0
-    Path("cut.slim").write_bytes(Path("cut.slim").read_bytes()[:-5])
-    capsys.readouterr()
-    assert slim(world, *arguments) == 1
+    Path("empty.slim").touch()
+    Path("cut.slim").write_bytes(cut)
+    assert slim(world, words) == 1
     said = capsys.readouterr()
-    assert reason in said.err
-    assert "Traceback" not in said.err
+    last = said.err.removeprefix(f"loading the models ({world}) ...\n")
+    assert last.startswith(f"slim {words.split()[0]}: ") and last.count("\n") == 1 and reason in last
     assert not said.out
-    assert not any(Path(name).exists() for name in ("out.slim", "out.png", "out.xyz"))
+    assert not [name for name in os.listdir() if name.startswith("out")]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["squeeze"],
-        ["compress", "photo.png"],
-        ["compress", "a.png", "b.slim", "--quality", "1.5"],
-        ["compress", "a.png", "b.slim", "--quality", "high"],
-        ["compress", "a.png", "b.slim", "--steps", "-1"],
-        ["compress", "a.png", "b.slim", "--seed", "x"],
-        ["inspect", "a.slim", "--force"],
-    ],
-)
-def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert "usage" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def cut(world: Path) -> bytes:
+    from slimlib import SlimCodec
+
+    return SlimCodec.from_pretrained(world).compress(picture(70, 50), caption=None)[:-5]
 
 
-def test_unknown_scale(photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compress", str(photo), str(photo.with_suffix(".slim")), "--scale", "pockett"]) == 1
+def test_unknown_scale(capsys: Capture) -> None:
+    assert cli.main("compress photo.png photo.slim --scale pockett".split()) == 1
     assert "pockett" in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    check = (
-        "import sys\nfrom slimlib.__main__ import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
-    )
-    result = subprocess.run([sys.executable, "-c", check], cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "examples:" in result.stdout
-    assert "--quality" in result.stdout
-
-
-def test_as_a_process(world: Path, photo: Path) -> None:
-    command = [sys.executable, "-m", "slimlib", "compress", str(photo), str(photo.with_suffix(".slim"))]
+def test_as_a_process(world: Path) -> None:
+    """Warnings of libraries, too, stay away from stderr; and the stream may be read by whom the picture may."""
+    command = [sys.executable, "-m", "slimlib", *"compress photo.png photo.slim --scale".split(), str(world)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
-    result = subprocess.run(
-        [*command, "--scale", str(world)],
-        cwd=photo.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     assert "bytes" in result.stdout
     assert result.stderr == f"loading the models ({world}) ...\n"
-    assert photo.with_suffix(".slim").stat().st_mode & 0o777 == photo.stat().st_mode & 0o777
+    assert Path("photo.slim").stat().st_mode & 0o777 == Path("photo.png").stat().st_mode & 0o777
+
+
+# ---- every command ---------------------------------------------------------------------------------------
+
+
+def test_the_list_of_commands_does_not_wait_for_torch() -> None:
+    check = (
+        "import sys\nfrom slimlib.__main__ import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", check], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for name in cli.COMMANDS:
+        assert f"  slim {name} " in result.stdout
+    assert "Examples:\n  slim compress" in result.stdout and "exit status" in result.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_help_explains_every_option_and_ends_with_examples(name: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    options, _, examples = text.partition("\nexamples:\n")
+    assert f"slim {name} " in examples and "Examples" not in text and "None" not in options
+    where = cli.COMMANDS[name][0]
+    kind = import_module(where).Options if isinstance(where, str) else where[0]
+    for field in fields(kind):
+        assert field.metadata["help"].strip(), field.name
+        assert f"--{'no-' * (field.default is True)}{field.name.replace('_', '-')}" in options
+        assert "_" not in field.name or f"--{field.name}" not in options, "one spelling is enough"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "squeeze",
+        "compress photo.png",
+        "compress a.png b.slim --quality 1.5",
+        "compress a.png b.slim --quality nan",
+        "compress a.png b.slim --quality high",
+        "compress a.png b.slim --steps -1",
+        "compress a.png b.slim --seed x",
+        "inspect a.slim --force",
+        "train --stage 3",
+        "train --cache x",
+        "costs surplus",
+        "doctor --nonsense",
+        "evaluate --nonsense",
+        "explore --port x",
+        "preprocess --nonsense",
+    ],
+)
+def test_wrong_usage_is_status_2(words: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words.split())
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "usage: slim" in said.err and "error: " in said.err and not said.out
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (None, 7, ""),
+        (ValueError("two\n  lines"), 1, "slim train: two lines\n"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "slim train: [Errno 2] No such file: 'x'\n"),
+        (FloatingPointError("loss is nan"), 1, "slim train: loss is nan\n"),
+        (ModuleNotFoundError("No module named 'webdataset'"), 1, "slim train: No module named 'webdataset'\n"),
+        (OSError(), 1, "slim train: OSError\n"),
+        (RuntimeError("no\nmemory"), 1, "slim train: RuntimeError: no memory (SLIM_TRACEBACK=1 in the env"),
+        (KeyboardInterrupt(), 130, "slim train: interrupted\n"),
+    ],
+)
+def test_errors_of_any_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, error: BaseException | None, status: int, said: str
+) -> None:
+    def command(options: cli.Inspect) -> int:
+        if error:
+            raise error
+        return int(options.scale)
+
+    module = SimpleNamespace(Options=cli.Inspect, command=command, __doc__="Examples:\n  slim train")
+    monkeypatch.setattr(cli, "import_module", lambda name: module)
+    assert cli.main(["train", "--scale", "7"]) == status
+    found = capsys.readouterr().err
+    assert found.startswith(said) and found.count("\n") == bool(said)
+    if isinstance(error, RuntimeError):
+        monkeypatch.setenv("SLIM_TRACEBACK", "1")
+        with pytest.raises(RuntimeError, match="no\nmemory"):
+            cli.main(["train", "--scale", "7"])

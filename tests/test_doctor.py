@@ -4,113 +4,143 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
-from tiny_codec import picture
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from paper_world import make_imagenet, open_world
 
-from slimlib import doctor, paper
 from slimlib.__main__ import main
-from slimlib.imagenet import wnids
+from slimlib.measure import doctor
 from slimlib.scales import PAPER, Scale
 
-MACHINES = (PAPER.machine_a, PAPER.machine_b)
+MODELS = {"diffusion model", "captioner", "machine A", "machine B"}
+QUALITY = {"VAE round trip", "latent", "UNet", "top-1, machine A", "top-1, machine B", "caption"}
+POCKET = Scale.from_name("pocket")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Scale:
-    return paper.save_stand_in(tmp_path_factory.mktemp("world"), tiny=True).with_(size=64)
+def found(scale: Scale, data: str = "", handful: int = 8) -> dict[str, doctor.Check]:
+    checks = {check.name: check for check in doctor.examine(scale, data, "cpu", handful, steps=(1,))}
+    assert all("\n" not in str(check) for check in checks.values()), "each is one line"
+    return checks
 
 
-def found(scale: Scale, data: str | None = None) -> dict[str, doctor.Check]:
-    return {check.name: check for check in doctor.examine(scale, data, "cpu")}
+def test_shipped_models_are_well() -> None:
+    checks = found(POCKET)
+    assert {*checks} > MODELS | QUALITY
+    assert {c.status for name, c in checks.items() if name != "device"} == {"ok"}, [*map(str, checks.values())]
+    assert "over 8 pictures of 128 px" in checks["VAE round trip"].said and "K = 1" in checks["stream"].said
+    assert "predicts v_prediction" in checks["diffusion model"].said and "factor 4" in checks["diffusion model"].said
 
 
-def test_shipped_models_are_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "STEPS", (1,))
-    checks = found(Scale.from_name("pocket"))
-    assert not [str(check) for check in checks.values() if check.status == "FAIL"]
-    assert checks["stream"].status == "ok" and "K = 1" in checks["stream"].said
-    assert {"VAE round trip", "latent", "UNet", "top-1, machine A", "top-1, machine B", "caption"} <= set(checks)
-
-
-def test_random_weights_are_found_out(world: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "STEPS", (1,))
-    for i in range(4):
-        path = tmp_path / wnids()[i] / f"{i}.JPEG"
-        path.parent.mkdir()
-        picture(70, 80, i).save(path)
-    monkeypatch.setattr(doctor, "HANDFUL", 4)
-    checks = found(world, str(tmp_path))
-    failed = {name for name, check in checks.items() if check.status == "FAIL"}
-    assert {"VAE round trip", "UNet", "top-1, machine A", "top-1, machine B"} <= failed
+def test_random_weights_are_found_out(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """On three pictures it speaks of three. A compressor that is yet to be trained is none of them."""
+    world = replace(open_world(tmp_path_factory), compressor="runs/none")
+    checks = found(world, str(make_imagenet(tmp_path / "val", 3).parent))
+    assert checks["pictures"].said == "3 to look at" and "over 3 pictures of 64 px" in checks["VAE round trip"].said
+    for name in QUALITY - {"caption"}:
+        assert checks[name].status == "FAIL"
+    assert checks["top-1, machine A"].said.startswith("0 of 3 right; at least 50% expected: are these its weights")
     assert checks["stream"].status == checks["diffusion model"].status == "ok"
+    assert checks["compressor"].status == "note" and "train stage 1" in checks["compressor"].said
     assert "predicts epsilon" in checks["diffusion model"].said and "scaling 0.18215" in checks["diffusion model"].said
+    assert "vae/config.json (0.18215)" in checks["latent"].said and "word" in checks["caption"].said
+
+
+def test_machines_that_know_no_class(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of the pocket's scenes those come first that a machine knows, and where it knows none it is not judged."""
+    machine = doctor.load_machine(open_world(tmp_path_factory).machine_a, "cpu")
+    squares = doctor._pictures(replace(PAPER, size=64), "", machine, 4)
+    assert len(squares) == 4 and all(machine.classes[label] for _, label in squares) and squares[0][0].size == (64, 64)
+    machine.classes[:] = ["nothing"] * 1000
+    none = doctor._pictures(replace(PAPER, size=64), "", machine, 4)
+    assert isinstance(doctor._accuracy(machine, none, 50), doctor.Note)
 
 
 def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checks = found(PAPER.with_(compressor=str(tmp_path / "none"), size=64))
-    for name in ("diffusion model", "captioner", "machine A", "machine B"):
-        assert checks[name].status == "FAIL" and "--local-dir" in checks[name].said
-    assert checks["compressor"].status == "note" and "train stage 1" in checks["compressor"].said
-    assert checks["versions"].status == "ok" and checks["hub"].status == "note", "tests are offline"
-    for name in ("VAE round trip", "latent", "UNet", "top-1, machine A", "top-1, machine B", "caption", "stream"):
-        assert checks[name].status == "skip" and "needs the check" in checks[name].said
-    assert all(len(line) <= doctor.WIDTH for check in checks.values() for line in str(check).splitlines())
+    words = f"doctor --scale paper --size 64 --compressor {tmp_path}/none --device cpu"
+    assert main(words.split()) == 1
+    out = capsys.readouterr().out
+    lines = {line[6:23].strip(): line for line in out.splitlines()}
+    assert "checks failed, 7 could not be made" in out
+    for name in MODELS:
+        assert lines[name].startswith("FAIL") and "--local-dir" in lines[name]
+    for name in ("compressor", "hub", "device"):
+        assert lines[name].startswith("note")
+    assert "train stage 1" in lines["compressor"] and "HF_HUB_OFFLINE" in lines["hub"], "tests are offline"
+    for name in ("versions", "pictures"):
+        assert lines[name].startswith("ok")
+    for name in {"stream", *QUALITY}:
+        assert lines[name].startswith("skip") and "needs the check" in lines[name]
     assert main(["doctor", "--scale", str(tmp_path)]) == 1
     assert "unknown scale" in capsys.readouterr().err
 
 
 def test_models_are_asked_for_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the hub answers: a commit to pin, or why not; nothing is downloaded for that."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     asked = []
 
-    def answer(self: HfApi, name: str, revision: str | None = None, timeout: float = 0) -> object:
+    def answer(self: HfApi, name: str, revision: str | None = None, timeout: float = 0) -> Any:
         asked.append((name, revision))
+        if len(asked) > 4:
+            response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+            raise HfHubHTTPError("403: access to this model is gated", response=response)
         return type("ModelInfo", (), {"sha": "0123456789abcdef"})()
 
     monkeypatch.setattr(HfApi, "model_info", answer)
-    said = doctor._hub(PAPER.with_(ldm=f"{PAPER.ldm}@main"))
-    assert asked == [(PAPER.ldm, "main"), (PAPER.captioner, None), *((f"timm/{m}", None) for m in MACHINES)]
+    said = doctor._hub(replace(PAPER, ldm=f"{PAPER.ldm}@main"))
+    machines = [(f"timm/{name}", None) for name in (PAPER.machine_a, PAPER.machine_b)]
+    assert asked == [(PAPER.ldm, "main"), (PAPER.captioner, None), *machines]
     assert f"{PAPER.ldm}@0123456789ab," in said and said.count("not pinned") == 3
-
-    def refuse(self: HfApi, name: str, **options: object) -> object:
-        import httpx
-
-        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-        raise HfHubHTTPError("403: access to this model is gated", response=response)
-
-    monkeypatch.setattr(HfApi, "model_info", refuse)
-    with pytest.raises(doctor.Failed, match="accept its terms"):
+    with pytest.raises(OSError, match="accept its terms"):
         doctor._hub(PAPER)
-    assert doctor._hub(Scale.from_name("pocket")) == "not needed: all models are folders"
+    assert doctor._hub(POCKET) == "not needed: all models are folders"
 
 
-def test_short_of_memory_or_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "free_memory", lambda: 11_000_000_000)
+def test_short_of_memory_or_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "free_memory", lambda: 11.0)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("usage", (), {"free": 5_000_000_000})())
-    with pytest.raises(doctor.Failed, match=r"11\.0 GB free on cpu, 12 wanted"):
+    with pytest.raises(ValueError, match=r"11\.0 GB free on cpu, 12 wanted: end what else runs"):
         doctor._memory(PAPER, torch.device("cpu"))
-    with pytest.raises(doctor.Failed, match=r"5\.0 GB free.*HF_HOME"):
+    with pytest.raises(ValueError, match=r"5\.0 GB free.*12 wanted: set HF_HOME"):
         doctor._disk(PAPER)
-    assert "5 GB free" in doctor._disk(Scale.from_name("pocket"))
+    assert "11.0 GB free" in doctor._memory(POCKET, torch.device("cpu")) and "5.0 GB free" in doctor._disk(POCKET)
 
 
-def test_a_wrong_prediction_type_is_found_out(tmp_path: Path) -> None:
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"memory.max": "2000000000\n", "memory.current": "500000000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self: files[self.name])
+    assert doctor.free_memory() == 1.5
+    files["memory.max"] = "max\n"
+    assert doctor.free_memory() == pytest.approx(doctor.psutil.virtual_memory().available / 1e9, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "change", "check"),
+    [
+        ("scheduler/scheduler_config.json", "prediction_type", lambda _: "epsilon", doctor._unet),
+        ("vae/config.json", "scaling_factor", lambda factor: 4 * factor, doctor._latent),
+    ],
+)
+def test_wrong_settings_are_found_out(file: str, entry: str, change: Any, check: Any, tmp_path: Path) -> None:
     """On the shipped weights, which predict v: as epsilon they are far off."""
-    pocket = Scale.from_name("pocket")
-    shutil.copytree(pocket.ldm, tmp_path / "ldm")
-    path = tmp_path / "ldm/scheduler/scheduler_config.json"
-    said = json.loads(path.read_text())
-    other = "epsilon" if said["prediction_type"] == "v_prediction" else "v_prediction"
-    path.write_text(json.dumps(said | {"prediction_type": other}))
-    from slimlib.ldm import LatentDiffusion
+    shutil.copytree(POCKET.ldm, tmp_path / "ldm")
+    path, squares = tmp_path / "ldm" / file, doctor._pictures(POCKET, "", None, 4)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {entry: change(config[entry])}))
+    ldm = doctor.LatentDiffusion.from_pretrained(tmp_path / "ldm", POCKET.variant, "cpu")
+    with torch.no_grad(), pytest.raises(ValueError, match=entry):
+        check(ldm, squares)
 
-    pictures = doctor._pictures(pocket, None, None)
-    ldm = LatentDiffusion.from_pretrained(tmp_path / "ldm", pocket.variant, "cpu")
-    with pytest.raises(doctor.Failed, match="prediction_type"):
-        doctor._unet(ldm, pictures)
+
+def test_classes_in_another_order_are_found_out() -> None:
+    machine = doctor.load_machine(POCKET.machine_b, "cpu")
+    assert "8 of 8 right" in doctor._accuracy(machine, doctor._pictures(POCKET, "", machine, 8), 25)
+    machine.classes.reverse()
+    with pytest.raises(ValueError, match="the order of its classes"):
+        doctor._accuracy(machine, doctor._pictures(POCKET, "", machine, 8), 25)

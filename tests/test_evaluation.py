@@ -1,262 +1,547 @@
-"""The evaluation: intervals that cover, files that count, deltas that are refused, a run that survives being killed."""
+"""The evaluator: what each column means, what each ablation changes, and runs that are killed and shared."""
 
 from __future__ import annotations
 
-import csv
+import functools
+import json
 import math
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from paper_world import make_imagenet, open_world
+from tiny_codec import make_world, picture
+from torch import Tensor, nn
 
-from slimlib import evaluation
 from slimlib.codec import SlimCodec
-from slimlib.deltas import NoOverlap, accuracy_at, bd_accuracy, bd_rate, frontier
-from slimlib.evaluation import (
-    Ceiling,
-    Classic,
-    Row,
-    SceneResult,
-    Setting,
-    Slim,
-    Store,
-    as_text,
-    compare,
-    evaluate,
-    interval,
-    load_rows,
-    measure_times,
-    save_rows,
-    summarise,
-    weights_key,
-)
+from slimlib.data.imagenet import AsPublished, ImageNetScenes, Pictures
+from slimlib.data.scenes import Scene
+from slimlib.images import to_images, to_tensor
+from slimlib.ldm import last
 from slimlib.machines import load_machine
+from slimlib.measure import evaluation, methods
+from slimlib.measure.baselines import PixelCodec, decode_classic, downscale, encode_classic, payload_bytes
+from slimlib.measure.evaluation import Options, all_jobs, evaluate, evaluate_latents, read_table, summarise, weights_key
+from slimlib.measure.methods import SPENT, VARIANTS, Batch, Method
+from slimlib.measure.metrics import compare, interval
+from slimlib.roi import gradcam, roi_crop
 from slimlib.scales import ASSETS, Scale
-from slimlib.scenes import PocketScenes
+from slimlib.stream import unpack
+
+TIMES = ["encode_ms", "decode_ms"]
 
 
-@pytest.fixture(scope="module")
-def codec() -> SlimCodec:
-    return SlimCodec.from_pretrained("pocket", exact=False)
+def make_scenes(count: int) -> list[Scene]:
+    """Pictures of 64 px with a bright square, which is the region; six labels in turn; every fourth was never seen."""
+    matte = np.zeros((64, 64), np.float32)
+    matte[16:33, 16:33] = 1
+    return [Scene(picture(seed=i), matte, i % 6, f"a thing {i}", "", i % 4 > 0) for i in range(count)]
 
 
-@pytest.fixture(scope="module")
-def machines() -> tuple:
-    scale = Scale.from_name("pocket")
-    return load_machine(scale.machine_a), load_machine(scale.machine_b)
+# ---- columns of the results, with a method and machines that do what is written here
 
 
-# ---- numbers
+class Eye(nn.Module):
+    """A machine that takes a colour of the first pixel for the class."""
+
+    def __init__(self, colour: int) -> None:
+        super().__init__()
+        self.colour, self.mean = colour, torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.one_hot((255 * x[:, self.colour, 0, 0]).round().long(), 256).float()
 
 
-def test_the_interval_covers_the_truth() -> None:
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(100):
-        low, high = interval(rng.random(200) < 0.7, draws=400)
-        covered += low <= 70 <= high
-    assert covered >= 88
-    assert all(math.isnan(end) for end in interval([]))
+def marked(count: int) -> list[Scene]:
+    """Scenes whose first pixel tells the label in red and in green."""
+    scenes = make_scenes(count)
+    for scene in scenes:
+        scene.image.putpixel((0, 0), (scene.label, scene.label, 0))
+    return scenes
 
 
-def test_the_interval_is_that_of_resampling() -> None:
-    hits = np.random.default_rng(2).random(150) < 0.4
-    picks = np.random.default_rng(3).integers(150, size=(4_000, 150))
-    resampled = 100 * np.quantile(hits[picks].mean(1), [0.025, 0.975])
-    assert np.allclose(interval(hits, draws=4_000), resampled, atol=1.4)
+class Fake:
+    """A method with an error of 0.1 inside of the region, 0.2 outside; A takes odd scenes for others, B every third."""
+
+    def __init__(self, settings: list[tuple[str, float]], name: str = "fake", stop_after: int = 10**9) -> None:
+        self.ran: list[tuple[list[int], str, float]] = []
+        self.method, self.stop_after = Method(name, "key", settings, self.run), stop_after
+
+    def run(self, batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
+        if len(self.ran) == self.stop_after:
+            raise KeyboardInterrupt
+        self.ran.append((batch.indices, variant, quality))
+        x = batch.x + torch.where(batch.mattes > 0, 0.1, 0.2)
+        x[:, :, 0, 0] = batch.x[:, :, 0, 0]
+        for i, index in enumerate(batch.indices):
+            x[i, 0, 0, 0] += (index % 2) / 255
+            x[i, 1, 0, 0] += (index % 3 == 0) / 255
+        columns = {name: [index + 100.0 * at for index in batch.indices] for at, name in enumerate(SPENT[:6])}
+        return x, pd.DataFrame(columns)
 
 
-def test_the_frontier_rises_strictly() -> None:
-    rates, accuracies = [3, 1, 2, 4, 2, 5], [60, 50, 40, 60, 55, 70]
-    assert frontier(rates, accuracies).tolist() == [[1, 2, 3, 5], [50, 55, 60, 70]]
+def test_columns_of_the_results() -> None:
+    scenes, eyes = marked(10), {"a": Eye(0), "b": Eye(1)}
+    found = evaluate(scenes, [(Fake([("", 0.5), ("other", 1)]).method, 10)], eyes, progress=False, batch=4)
+    assert found.method.eq("fake").all() and found.variant.tolist() == [""] * 10 + ["other"] * 10
+    assert found.quality.tolist() == [0.5] * 10 + [1.0] * 10
+    one = found[found.variant == ""]
+    assert one.scene.tolist() == list(range(10)) and one.label.tolist() == [s.label for s in scenes]
+    assert one.seen.tolist() == [s.seen for s in scenes] and one.seen.dtype == bool
+    for at, name in enumerate(("size", "payload", "caption", "hyper", "latent", "roi_bits")):
+        assert one[name].tolist() == [i + 100 * at for i in range(10)], name
+    assert one[TIMES].isna().all(axis=None), "not taken"
+    assert one.top1_a.tolist() == [i % 2 == 0 for i in range(10)]
+    assert one.top1_b.tolist() == [i % 3 > 0 for i in range(10)]
+    assert np.allclose(one.roi_error, 0.1**2) and np.allclose(one.background_error, 0.2**2, rtol=1e-3)
 
 
-def test_half_the_rate_is_minus_fifty_percent() -> None:
-    rates, accuracies = np.array([0.1, 0.2, 0.4, 0.8]), np.array([40.0, 60, 75, 85])
-    delta = bd_rate((rates, accuracies), (rates / 2, accuracies))
-    assert delta.value == pytest.approx(-50) and (delta.low, delta.high, delta.overlap) == (40, 85, 1)
-    gained = bd_accuracy((rates, accuracies), (rates, accuracies + 3))
-    assert gained.value == pytest.approx(3) and gained.overlap == 1
-    # A point that another beats must change nothing.
-    worse = bd_rate((np.append(rates, 0.5), np.append(accuracies, 50)), (rates / 2, accuracies))
-    assert worse.value == pytest.approx(-50)
-    assert accuracy_at((rates, accuracies), 0.2) == pytest.approx(60)
-    assert 60 < accuracy_at((rates, accuracies), 0.3) < 75
-    assert math.isnan(accuracy_at((rates, accuracies), 0.05))
+def results(**columns: Any) -> pd.DataFrame:
+    """Eight scenes of one setting."""
+    rows = pd.DataFrame({"method": "SLIM", "variant": "", "quality": 0.2, "scene": range(8), "seen": [False, True] * 4})
+    rows = rows.assign(size=np.arange(60.0, 68), payload=np.arange(50.0, 58), caption=4.0, hyper=9.0)
+    rows = rows.assign(latent=np.arange(30.0, 38), roi_bits=np.linspace(0.2, 0.9, 8), roi_error=0.01)
+    rows = rows.assign(top1_a=[1, 0, 0, 0, 0, 0, 0, 0], top1_b=[0, 1, 1, 1, 1, 1, 0, 1])
+    times = {"encode_ms": [3, 5, 4] + [math.nan] * 5, "decode_ms": [30, 50, 99] + [math.nan] * 5}
+    return rows.assign(background_error=np.arange(1, 9) / 100, **times).assign(**columns)
 
 
-def test_curves_that_do_not_meet_are_refused() -> None:
-    low = ([0.1, 0.2, 0.4], [10.0, 20, 30])
-    with pytest.raises(NoOverlap, match="10 to 30, the other 40 to 60: 0.0%"):
-        bd_rate(low, ([0.1, 0.2, 0.4], [40.0, 50, 60]))
-    with pytest.raises(NoOverlap, match="10.0% of the whole"):
-        bd_rate(low, ([0.1, 0.2, 0.4], [28.0, 29, 30]))
-    with pytest.raises(NoOverlap, match="rates"):
-        bd_accuracy(low, ([1.0, 2, 4], [10.0, 20, 30]))
-    with pytest.raises(NoOverlap, match="3 points"):
-        bd_rate(low, ([0.1, 0.2], [10.0, 20]))
+def test_columns_of_the_table() -> None:
+    (row,) = summarise(results(), pixels=64**2).to_dict("records")
+    expected = {"method": "SLIM", "variant": "", "quality": 0.2, "scenes": 8, "bpp": 8 * 63.5 / 4096}
+    expected |= {"payload_bpp": 8 * 53.5 / 4096, "header_bytes": 10, "caption_bytes": 4, "hyper_bytes": 9}
+    expected["latent_bytes"] = 33.5
+    expected["roi_bits"] = np.average(np.linspace(0.2, 0.9, 8), weights=np.arange(30, 38))
+    expected |= {"top1_a": 12.5, "top1_b": 75, "top1_b_seen": 100, "top1_b_unseen": 50}
+    for name, hits in (("a", [1] + [0] * 7), ("b", [1] * 6 + [0] * 2), ("b_seen", [1] * 4), ("b_unseen", [1, 1, 0, 0])):
+        expected[f"top1_{name}_low"], expected[f"top1_{name}_high"] = interval(hits)
+    expected |= {"roi_psnr": 20, "background_psnr": -10 * math.log10(0.045), "encode_ms": 4, "decode_ms": 50}
+    assert row == pytest.approx(expected)
+    assert list(row) == list(read_table(evaluation.RESULTS / "evaluation.csv")), "the columns that are shipped"
 
 
-def test_the_published_artefact() -> None:
-    """Cubics through curves that share no accuracy give the published "-88.6%", but for rounding; ours refuses."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    with (ASSETS / "reference" / "imagenet_resnet50_rate_accuracy.csv").open() as file:
-        for line in csv.DictReader(file):
-            assert line["source"]
-            if line["bpp"]:
-                curves.setdefault(line["method"], []).append((float(line["bpp"]), float(line["top1_percent"])))
-    anchor, test = (np.array(curves[name]).T for name in ("TIC (human codec)", "Adapt-ICMH"))
-    polynomials = [np.polyint(np.polyfit(curve[1], np.log(curve[0]), 3)) for curve in (anchor, test)]
-    low, high = max(anchor[1].min(), test[1].min()), min(anchor[1].max(), test[1].max())
-    assert low > high, "nothing is common to both"
-    a, t = ((np.polyval(p, high) - np.polyval(p, low)) / (high - low) for p in polynomials)
-    assert 100 * (np.exp(t - a) - 1) == pytest.approx(-88.6, abs=0.5)
-    with pytest.raises(NoOverlap, match=r"51\.1 to 68\.3, the other 69\.8 to 75\.6"):
-        bd_rate(anchor, test)
-    fair = bd_rate(anchor, np.array(curves["TransTIC"]).T)  # these do meet
-    assert -60 < fair.value < -55 and (fair.low, fair.high) == (59.3, 68.3)
-
-
-def _results(size: float, hits: np.ndarray) -> list[SceneResult]:
-    rest = (0.1, 0.2, 1.0, 2.0)
-    return [
-        SceneResult(i, i, i % 4 > 0, size, size - 7, 1, 2, size - 10, 0.5, bool(h), bool(h), *rest)
-        for i, h in enumerate(hits)
-    ]
-
-
-def test_comparing_with_a_paired_bootstrap() -> None:
-    order = np.random.default_rng(0).permutation(200)
-    shares = [(100, 0.3), (200, 0.5), (400, 0.7), (800, 0.85)]
-    anchor = [_results(size, order < 200 * share) for size, share in shares]
-    test = [_results(size / 2, order < 200 * share) for size, share in shares]
-    delta = compare(("there", "here"), anchor, test, "b", draws=50)
-    assert delta.bd_rate == pytest.approx(-50) and delta.scenes == 200 and not delta.refused
-    # Paired: the same scenes are right in both, so chance hardly moves the difference.
-    assert delta.bd_rate_low <= -50 <= delta.bd_rate_high and delta.bd_rate_high - delta.bd_rate_low < 2
-    assert delta.bd_accuracy > 10
-    bare = compare(("there", "here"), anchor, test, "a", (True, False), draws=5)
-    assert bare.bd_rate > delta.bd_rate, "an anchor without its headers is harder to beat"
-    apart = compare(("there", "here"), anchor[:3], [_results(9, order < 180)] * 3, draws=5)
-    assert math.isnan(apart.bd_rate) and "3 points" in apart.refused
-
-
-def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
-    results = _results(64, np.array([1, 1, 1, 0, 1, 0, 0, 1]))
-    results[3] = replace(results[3], encode_ms=math.nan)
-    row = summarise(Setting("SLIM", "no caption", 0.2), results)
-    assert (row.scenes, row.bpp, row.header_bytes) == (8, 8 * 64 / 128**2, 7)
-    assert (row.top1_b, row.top1_b_seen, row.top1_b_unseen) == (62.5, 50, 100)  # scenes 0 and 4 are unseen
-    assert row.roi_psnr == pytest.approx(10) and row.encode_ms == 1
-    save_rows([row], tmp_path / "rows.csv")
-    (again,) = load_rows(tmp_path / "rows.csv")
-    assert again.method == "SLIM" and again.scenes == 8 and again.bpp == row.bpp
-    save_rows(results, tmp_path / "scenes.csv")
-    back = load_rows(tmp_path / "scenes.csv", SceneResult)
-    assert back[:3] == results[:3] and math.isnan(back[3].encode_ms)
-    with pytest.raises(ValueError, match="no table of Row"):
-        load_rows(tmp_path / "scenes.csv", Row)
-    assert len(as_text([row, row]).splitlines()) == 3
+def test_what_a_method_has_not_is_empty(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(SPENT, math.nan)
+    table = summarise(results(**nothing, top1_c=1, seen=False, roi_error=0.0))
+    empty = ["bpp", "header_bytes", "roi_bits", "encode_ms", "top1_b_seen", "top1_b_seen_low"]
+    assert table[empty].isna().all(axis=None)
+    assert table.top1_c_unseen[0] == 100 and "top1_a_seen" not in table, "A was trained against; all others are judges"
+    assert table.roi_psnr[0] == 100, "a limit, not infinity"
+    text = table.to_csv(index=False, float_format="%.6g")
+    (tmp_path / "table.csv").write_text(text)
+    assert read_table(tmp_path / "table.csv").to_csv(index=False, float_format="%.6g") == text and ",nan" not in text
 
 
 def test_ablations_come_with_the_method_on_their_scenes() -> None:
-    hits = np.arange(10) < 5
-    results = {
-        Setting("SLIM", "", 0.2): _results(64, hits),
-        Setting("SLIM", "K = 1", 0.2): _results(64, hits[:4]),
-        Setting("uncompressed", "VAE"): _results(64, hits),
-        Setting("uncompressed"): _results(64, hits),
-    }
-    rows = evaluation.table(results)
-    assert len(rows) == 5 and (rows[-1].method, rows[-1].variant) == ("SLIM", evaluation.AS_IT_IS)
-    assert (rows[-1].scenes, rows[-1].top1_b, rows[0].top1_b) == (4, 100, 50)
+    hits = np.arange(8) < 4
+    ablations = [results(variant="K = 1", top1_b=hits)[:5], results(variant="no caption")[:4]]
+    others = [results(method="uncompressed", variant=variant) for variant in ("VAE", "")]
+    table = summarise(pd.concat([results(top1_b=hits), *ablations, *others]))
+    assert len(table) == 6 and table.iloc[-1][["method", "variant"]].tolist() == ["SLIM", evaluation.AS_IT_IS]
+    assert table.iloc[-1][["scenes", "top1_b"]].tolist() == [4, 100] and table.top1_b[0] == 50
+
+
+def test_all_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pair that the goals speak of; each machine; a classic codec at the best of its scales, payload alone."""
+
+    def curve(name: str, factor: float, variant: str = "", points: int = 4) -> pd.DataFrame:
+        rows = pd.DataFrame({"quality": np.repeat(range(points), 100), "scene": np.tile(range(100), points)})
+        right, size = rows.scene / (rows.quality + 1), factor * 2.0**rows.quality
+        return rows.assign(
+            method=name, variant=variant, size=size, payload=size / 2, top1_a=right < 15, top1_b=right < 20
+        )
+
+    monkeypatch.setattr(evaluation, "compare", functools.partial(compare, draws=2))
+    slim = ["SLIM", "SLIM, stage 1", "SLIM, uniform weights", "SLIM, LoRA"]
+    parts = [curve(name, 10 * (i + 1)) for i, name in enumerate([*slim, "hyperprior", "hyperprior, machine loss"])]
+    parts += [curve("SLIM", 5, "no caption"), curve("SLIM", 1, "caption only", points=1), curve("uncompressed", 1)]
+    parts += [curve("JPEG", 80), curve("JPEG", 40, "1/2"), curve("WebP", 40, "1/4")]
+    found = evaluation.all_comparisons(pd.concat(parts))
+    deltas = {machine: of.set_index(["anchor", "test"]).bd_rate for machine, of in found.groupby("machine", sort=False)}
+    assert list(deltas) == ["b", "a"] and list(found)[:4] == ["anchor", "test", "machine", "scenes"]
+    expected = {("SLIM, stage 1", "SLIM"): -50, ("SLIM, uniform weights", "SLIM"): -100 * 2 / 3}
+    expected |= {("SLIM, LoRA", "SLIM"): -75, ("hyperprior", "SLIM"): -80}
+    expected |= {("hyperprior, machine loss", "SLIM"): -100 * 5 / 6, ("JPEG", "SLIM"): -75, ("WebP", "SLIM"): -75}
+    expected |= {("best classic, payload", "SLIM"): -50, ("SLIM, uniform weights", "SLIM, stage 1"): -100 / 3}
+    expected |= {("hyperprior", "hyperprior, machine loss"): 20, ("SLIM", "SLIM (no caption)"): -50}
+    assert deltas["b"].to_dict() == pytest.approx(expected, abs=0.01)
+    assert found.to_accuracy[found.machine == "a"].eq(60).all() and found.to_accuracy[found.machine == "b"].eq(80).all()
+    assert len(evaluation.all_comparisons(curve("JPEG", 1))) == 0
+
+
+# ---- methods
+
+
+@pytest.fixture(scope="module")
+def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tiny_world, tmp_path_factory.mktemp("evaluation") / "world")
+
+
+@pytest.fixture(scope="module")
+def codec(world: Path) -> SlimCodec:
+    return SlimCodec.from_pretrained(world, "cpu", exact=False)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return Batch(make_scenes(5), range(5))
+
+
+def test_files_are_the_codecs_own(codec: SlimCodec, batch: Batch) -> None:
+    x_hat, spent = methods.slim("SLIM", codec, timed=2).run(batch, "", 0.6)
+    streams = [codec.compress(image, 0.6) for image in batch.images]
+    reports = [codec.inspect(stream) for stream in streams]
+    assert list(spent) == SPENT and spent["size"].tolist() == [len(stream) for stream in streams]
+    assert spent.payload.tolist() == [len(unpack(stream)[1]) for stream in streams]
+    for part in ("caption", "hyper", "latent"):
+        assert spent[part].tolist() == pytest.approx([report.bits[part] / 8 for report in reports])
+    inside = [report.bit_map * scene.mask(4, 4) for report, scene in zip(reports, batch.scenes, strict=True)]
+    shares = [part.sum() / report.bit_map.sum() for part, report in zip(inside, reports, strict=True)]
+    assert spent.roi_bits.tolist() == pytest.approx(shares) and 0.05 < min(shares) and max(shares) < 0.6
+    assert (spent[TIMES][:2] > 1).all(axis=None) and spent[TIMES][2:].isna().all(axis=None) and not codec.exact
+    decoded = to_tensor([codec.decompress(stream) for stream in streams])
+    assert (x_hat - decoded).abs().mean() < 1 / 255 and torch.equal(255 * x_hat, (255 * x_hat).round())
+
+
+def test_what_each_ablation_changes(codec: SlimCodec, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the decoder is given, for every variant; words are told apart by the label that a fake captioner says."""
+    calls: list[dict[str, Any]] = []
+
+    def enhance(z: Tensor, captions: list[str], t0: int, steps: int, seed: Any, guidance: float) -> Any:
+        calls.append({"z": z, "captions": captions, "t0": t0, "steps": steps, "seed": list(seed), "guidance": guidance})
+        return iter([z])
+
+    cams = gradcam(codec.machine, batch.x)
+    words = {roi_crop(i, m).tobytes(): f"a {w}" for i, m, w in zip(batch.images, cams, WORDS, strict=True)}
+    exact = {roi_crop(i, m).tobytes(): "the" for i, m in zip(batch.images, batch.mattes, strict=True)}
+    captioner = SimpleNamespace(caption=lambda crops: [(words | exact)[crop.tobytes()] for crop in crops])
+    monkeypatch.setattr(codec, "_captioner", captioner)
+    monkeypatch.setattr(codec.ldm, "enhance", enhance)
+    methods.captions_of.cache_clear()
+    config, sizes = codec.compressor.config, {}
+    z_hat = torch.cat([codec.read(codec.compress(image, 0.4)).z_hat for image in batch.images])
+    method = methods.slim("SLIM", codec, (0.4, 0.8), VARIANTS, timed=0)
+    assert method.settings == [(name, q) for name in VARIANTS for q in (0.4, 0.8)][:-2] + [("caption only", 0.0)]
+    for variant in VARIANTS:
+        sizes[variant] = method.run(batch, variant, 0.4)[1]["size"].tolist()
+    right = [f"a {word}" for word in WORDS]
+    usual = {"captions": right, "t0": config.t0(0.4), "steps": config.steps, "seed": [0] * 5}
+    usual["guidance"] = config.guidance
+    changes: dict[str, dict] = {"no caption": {"captions": [""] * 5}, "oracle crop": {"captions": ["the"] * 5}}
+    changes["wrong caption"] = {"captions": right[1:] + right[:1]}
+    changes |= {"no diffusion": {"steps": 0}, "K = 1": {"steps": 1}, "K = 2": {"steps": 2}, "K = 20": {"steps": 20}}
+    changes |= {f"t0 = {t0}": {"t0": t0} for t0 in (20, 50, 100, 200)}
+    prompts = {"captions": [f"a photo of {caption}" for caption in right], "seed": [1, 2, 3, 4, 5]}
+    changes["caption only"] = {**prompts, "t0": 999, "steps": 20, "guidance": 4.0}
+    for variant, call in zip(VARIANTS, calls, strict=True):
+        z = call.pop("z")
+        assert call == usual | changes.get(variant, {}), variant
+        assert torch.equal(z, z_hat) if variant != "caption only" else not z.any()
+        same = "caption" not in variant and variant != "oracle crop"
+        assert not same or sizes[variant] == sizes[""], "the file is the same"
+    assert sum(sizes["caption only"]) < sum(sizes["no caption"]) < sum(sizes[""])
+
+
+WORDS = ("red fox", "banana", "violin", "lion", "tulip")
+
+
+def test_a_wrong_caption_is_of_another_class(codec: SlimCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(labels: list[int]) -> list[str]:
+        batch = Batch(make_scenes(len(labels)), range(len(labels)))
+        batch.labels = torch.tensor(labels)
+        captioner = SimpleNamespace(caption=lambda crops: [f"{i} of {label}" for i, label in enumerate(labels)])
+        monkeypatch.setattr(codec, "_captioner", captioner)
+        return methods.captions_of(batch, codec, "wrong")
+
+    assert wrong([3, 3, 1, 1, 2]) == ["2 of 1", "2 of 1", "4 of 2", "4 of 2", "0 of 3"]
+    assert wrong([3, 3]) == ["", ""]
+
+
+def test_the_caption_alone(codec: SlimCodec, batch: Batch) -> None:
+    method = methods.slim("SLIM", codec, (0.4,), ("caption only",))
+    _, spent = method.run(batch, "caption only", 0.0)
+    captions = methods.captions_of(batch, codec, "auto")
+    bits = [codec.inspect(codec.compress(*pair)).bits for pair in zip(batch.images, [0.4] * 5, captions, strict=True)]
+    assert spent.caption.tolist() == pytest.approx([bit["caption"] / 8 for bit in bits])
+    assert (spent["size"] - spent.payload).eq(7).all() and spent.latent.eq(0).all() and spent.hyper.eq(0).all()
+    assert ((spent.payload - spent.caption) > -1).all() and ((spent.payload - spent.caption) < 5).all()
+
+
+def test_the_codec_on_pixels(batch: Batch) -> None:
+    codec = PixelCodec.from_pretrained(ASSETS / "pocket" / "baseline_mse")
+    method = methods.pixels("hyperprior", codec, (0.2, 0.7))
+    x_hat, spent = method.run(batch, "", 0.7)
+    assert method.settings == [("", 0.2), ("", 0.7)] and list(spent) == SPENT
+    for i, scene in enumerate(batch.scenes):
+        data, bits = codec.encode(scene.image, 0.7)
+        inside = (bits["y"].sum(0).numpy() * scene.mask(4, 4)).sum() / float(bits["y"].sum())
+        expected = [len(data), len(unpack(data)[1]), 0, float(bits["h"].sum()) / 8, float(bits["y"].sum()) / 8, inside]
+        assert spent.loc[i, SPENT[:6]].tolist() == pytest.approx(expected)
+        assert torch.equal(x_hat[i : i + 1], to_tensor(codec.decompress(data)))
+    assert (spent[TIMES] > 0).all(axis=None)
+
+
+def test_classic_codecs(batch: Batch) -> None:
+    method = methods.classic("webp", (20, 60))
+    assert method.settings == [(v, q) for v in ("", "1/2", "1/4") for q in (20, 60)] and method.name == "WebP"
+    for variant, scale in (("", 1), ("1/4", 0.25)):
+        x_hat, spent = method.run(batch, variant, 60)
+        files = [encode_classic(downscale(image, scale), "webp", 60) for image in batch.images]
+        assert spent["size"].tolist() == [len(file) for file in files]
+        assert spent.payload.tolist() == [payload_bytes(file, "webp") for file in files]
+        assert spent[SPENT[2:6]].isna().all(axis=None) and (spent[TIMES] > 0).all(axis=None)
+        assert torch.equal(x_hat, to_tensor([decode_classic(file, (64, 64)) for file in files]))
+
+
+def test_ceilings(codec: SlimCodec, batch: Batch) -> None:
+    method = methods.ceiling(codec)
+    (same, nothing), (vae, _) = (method.run(batch, *setting) for setting in method.settings)
+    assert torch.equal(same, batch.x) and not len(nothing.columns)
+    assert torch.equal(vae, to_tensor(to_images(codec.ldm.decode(codec.ldm.encode(batch.x)))))
+
+
+def test_times_come_with_what_they_are_compared_to(codec: SlimCodec) -> None:
+    table = methods.measure_times(codec, make_scenes(2), repeats=2)
+    times = table.set_index("what")["value"]
+    for side, count in (("encode", 4), ("decode", 5)):
+        parts = [value for what, value in times.items() if what.startswith(f"{side}: ")]
+        assert len(parts) == count + 2 and parts[-2] == pytest.approx(sum(parts[:-2])) and min(parts) > 0
+        assert times[f"{side}: against these"] == pytest.approx(times[side] / parts[-2])
+    assert table.unit.tolist() == ["ms"] * 11 + ["ms", "times"] * 2 + ["MB"]
+    assert times["peak memory of the process"] > 100 and codec.exact is False and torch.get_num_threads() >= 1
 
 
 # ---- runs
 
 
-def test_rates_are_file_lengths(codec: SlimCodec, machines: tuple) -> None:
-    variants = ["", "no caption", "wrong caption", "oracle crop", "no diffusion", "K = 1", "t0 = 50", "caption only"]
-    method = Slim("SLIM, stage 1", codec, (0.2, 0.9), variants, timed=1)
-    results = evaluate([(method, 2)], machines, progress=False)
-    assert [str(s) for s in results][:3] == ["SLIM, stage 1 at 0.2", "SLIM, stage 1 at 0.9"] + [
-        "SLIM, stage 1 (no caption) at 0.2"
-    ]
-    scenes = [PocketScenes("test")[i] for i in range(2)]
-    rows = {s: summarise(s, r) for s, r in results.items()}
-    for quality in (0.2, 0.9):
-        row = rows[Setting(method.name, "", quality)]
-        sizes = [len(codec.compress(scene.image, quality)) for scene in scenes]
-        assert np.isclose(row.bpp, 8 * np.mean(sizes) / 128**2, rtol=0.02)
-        assert row.header_bytes == 7 and row.caption_bytes + row.hyper_bytes + row.latent_bytes < np.mean(sizes)
-        assert 0 <= row.roi_bits <= 1 and row.top1_b_low <= row.top1_b <= row.top1_b_high
-        assert row.encode_ms > 1 and row.decode_ms > 1
-        same = ("no diffusion", "K = 1", "t0 = 50")
-        assert all(rows[Setting(method.name, v, quality)].bpp == row.bpp for v in same), "the file is the same"
-        none = rows[Setting(method.name, "no caption", quality)]
-        assert none.bpp < row.bpp and none.caption_bytes == 0
-    low, high = (rows[Setting(method.name, "", q)] for q in (0.2, 0.9))
-    assert high.bpp > low.bpp and high.roi_psnr > low.roi_psnr
-    alone = rows[Setting(method.name, "caption only", 0.0)]
-    assert alone.bpp < low.bpp and alone.latent_bytes == 0 and alone.roi_psnr < high.roi_psnr
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    eyes, scenes = {"a": Eye(0), "b": Eye(1)}, marked(9)
+    settings = [("", 0.2), ("", 0.8)]
+
+    def run(count: int, stop_after: int = 10**9, batch: int = 3, eyes: dict = eyes) -> tuple[list, pd.DataFrame]:
+        fake = Fake(settings, stop_after=stop_after)
+        try:
+            found = evaluate(scenes, [(fake.method, count)], eyes, tmp_path, False, batch)
+        except KeyboardInterrupt:
+            found = pd.DataFrame()
+        return fake.ran, found
+
+    ran, _ = run(6, stop_after=3)
+    assert [(scenes[0], quality) for scenes, _, quality in ran] == [(0, 0.2), (0, 0.8), (3, 0.2)]
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.csv")}
+    assert files == {"fake-key/000000+3.csv", "fake-key/000003+3.csv"}
+    ran, found = run(6)
+    assert ran == [([3, 4, 5], "", 0.8)], "only what was missing"
+    whole = evaluate(scenes, [(Fake(settings).method, 6)], eyes, progress=False, batch=3)
+    pd.testing.assert_frame_equal(found, whole)
+    assert run(6)[0] == [] and run(4)[0] == [] and len(run(4)[1]) == 8
+    old = (tmp_path / "fake-key/000000+3.csv").stat().st_mtime_ns
+    assert [indices for indices, _, _ in run(8)[0]] == [[6, 7]] * 2, "a larger number goes on where the smaller ended"
+    assert [indices for indices, _, _ in run(9)[0]] == [[6, 7, 8]] * 2, "a block is the work of one batch"
+    assert (tmp_path / "fake-key/000000+3.csv").stat().st_mtime_ns == old
+    with pytest.raises(ValueError, match="10 scenes were asked for, and there are 9"):
+        run(10)
+    assert len(run(9, batch=5)[0]) == 4, "what depends on the batch is not mixed"
+    assert len(run(9, eyes={**eyes, "c": Eye(0)})[0]) == 6, "another machine has to look"
+    two = [(Fake(settings).method, 6), (Fake([("other", 0.0)]).method, 3), (Fake([("", 1.0)], "Fake, 2").method, 2)]
+    found = evaluate(scenes, two, eyes, tmp_path, False, 3)
+    assert found.groupby(["method", "variant"], sort=False).size().tolist() == [12, 3, 2]
 
 
-def test_decoded_pictures_are_those_of_the_codec(codec: SlimCodec) -> None:
-    batch = evaluation.Batch([0, 1])
-    ((_, x_hat, _),) = Slim("SLIM", codec, (0.5,), timed=0).run(batch, [Setting("SLIM", "", 0.5)])
-    decoded = evaluation.to_tensor(codec.decompress(codec.compress(batch.images, 0.5)))
-    assert (x_hat - decoded).abs().mean() < 1 / 255
+SCRIPT = """
+import sys
+import torch
+from test_evaluation import jobs_of, make_scenes
+from slimlib.codec import SlimCodec
+from slimlib.measure.evaluation import evaluate
+from slimlib.utils import rank_and_world
+torch.set_num_threads(1)
+jobs, machines = jobs_of(sys.argv[1])
+evaluate(make_scenes(12), jobs, machines, sys.argv[2], False, 2, *rank_and_world())
+"""
 
 
-def test_a_killed_run_goes_on(codec: SlimCodec, machines: tuple, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluation, "BATCH", 2)
-    store, method = Store(tmp_path), Classic("jpeg", (20, 80), key="k")
-    whole = evaluate([(method, 4)], machines, store, progress=False)
-    path = store.path(method, Setting("JPEG", "1/2", 80))
-    assert path.relative_to(tmp_path).as_posix() == "jpeg-k/1-2-80.csv"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:3]) + "\n")  # as if it had stopped after the first batch
-    ran: list[tuple[list[int], int]] = []
-    run = Classic.run
+def jobs_of(world: str) -> tuple[list[tuple[Method, int]], dict[str, nn.Module]]:
+    codec = SlimCodec.from_pretrained(world, device="cpu", exact=False)
+    slim = methods.slim("SLIM", codec, (0.2, 0.8), ("", "wrong caption", "caption only"), key="k", timed=1)
+    machines = {name: load_machine(f"{world}/machine_{name}", "cpu") for name in "ab"}
+    return [(slim, 12), (methods.classic("webp", (20,)), 5)], machines
 
-    def watched(self, batch, wanted):
-        ran.append((batch.indices, len(wanted)))
-        yield from run(self, batch, wanted)
 
-    monkeypatch.setattr(Classic, "run", watched)
-    again = evaluate([(method, 4)], machines, store, progress=False)
-    assert ran == [([2, 3], 1)], "only what was missing"
-    assert [[r.size for r in of] for of in again.values()] == [[r.size for r in of] for of in whole.values()]
-    more = evaluate([(method, 4), (Ceiling(codec, "k"), 2)], machines, store, progress=False)
-    assert len(more[Setting("uncompressed")]) == 2 and len(ran) == 1
-    assert math.isinf(summarise(Setting("JPEG"), more[Setting("JPEG", "", 20)]).roi_psnr) is False
+def test_two_processes_share_the_work_and_one_is_killed(world: Path, tmp_path: Path) -> None:
+    """The same command goes on, and what comes out is what one process finds."""
+    store = tmp_path / "store"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(ASSETS / "paper"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", SCRIPT, str(world), str(store)]
+    both = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
+    deadline, done = time.monotonic() + 240, []
+    while not done and both[1].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        done = [path for path in store.glob("slim-k/*.csv") if int(path.name[:6]) // 2 % 2]
+    both[1].send_signal(signal.SIGKILL)
+    assert both[1].wait() == -signal.SIGKILL and done, "killed in the middle, with something measured"
+    assert both[0].wait(timeout=240) == 0
+    jobs, machines = jobs_of(str(world))
+    expected = 12 * 5 + 5 * 3
+    kept = {path: set(path.read_text().splitlines()) for path in store.rglob("*.csv")}
+    mine = evaluate(make_scenes(12), jobs, machines, store, False, 2, rank=0, world=2)
+    assert {index // 2 % 2 for index in mine.scene[mine.scene > 3]} == {0} and len(mine) < expected
+    merged = evaluate(make_scenes(12), jobs, machines, store, False, 2, rank=1, world=2)
+    for path, lines in kept.items():  # with their times, which would differ if anything had been measured again
+        assert lines <= set(path.read_text().splitlines())
+    alone = evaluate(make_scenes(12), jobs, machines, progress=False, batch=2)
+    assert len(alone) == expected and merged.encode_ms[merged.method == "SLIM"].notna().sum() == 2
+    pd.testing.assert_frame_equal(merged.drop(columns=TIMES), alone.drop(columns=TIMES))
 
 
 def test_other_weights_have_another_key(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-    one = weights_key(tmp_path / "one")
-    assert one == weights_key(tmp_path / "two") and len(one) == 8
-    (tmp_path / "two" / "card.json").write_text("figures")
-    assert one == weights_key(tmp_path / "two"), "a card is no weight"
-    (tmp_path / "two" / "config.json").write_text("{} ")
-    assert one != weights_key(tmp_path / "two")
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    key = weights_key(one)
+    assert key == weights_key(two) and len(key) == 8 and key != weights_key(one, data="other pictures")
+    (two / "card.json").write_text("figures")
+    assert key == weights_key(two), "a card is no weight"
+    (two / "model.safetensors").write_bytes(b"-")
+    assert key != weights_key(two) and weights_key("hub/name@1") != weights_key("hub/name@2")
 
 
-def test_times_come_with_what_they_are_compared_to(codec: SlimCodec) -> None:
-    timings = {t.what: t for t in measure_times(codec, [PocketScenes("test")[0]], repeats=1)}
-    for side in ("encode", "decode"):
-        parts = [t.value for name, t in timings.items() if name.startswith(f"{side}: ") and t.unit == "ms"]
-        assert parts[-1] == pytest.approx(sum(parts[:-1]))
-        ratio = timings[f"{side}: against these"]
-        assert ratio.unit == "times" and ratio.value == pytest.approx(timings[side].value / parts[-1])
-    assert timings["peak memory of the process"].value > 100
-    assert codec.exact is False and torch.get_num_threads() >= 1
+# ---- the command, on a stand-in of the paper's scale
 
 
-def test_the_command_refuses_unknown_methods() -> None:
-    with pytest.raises(SystemExit, match="no method nonsense; there are: .*JPEG"):
-        evaluation.main(["--scenes", "1", "--only", "nonsense", "--quiet"])
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    models = str(Path(open_world(tmp_path_factory).ldm).parent)
+    data = make_imagenet(tmp_path_factory.mktemp("imagenet") / "val", 8, (0, 1, 2)).parent
+    return SimpleNamespace(models=models, data=str(data))
+
+
+def test_the_command(place: SimpleNamespace, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "compare", functools.partial(compare, draws=2))
+    monkeypatch.setattr(methods, "measure_times", functools.partial(methods.measure_times, repeats=1))
+    out, few = tmp_path / "out", {"qualities": [0.0, 0.3, 0.6], "only": ["SLIM, stage 1", "WebP"]}
+    common = {"scale": place.models, "data": place.data, "work": tmp_path / "work", "batch": 2, "device": "cpu"}
+    options = Options(**common, **few, scenes=4, variants=["no diffusion"], ablation_scenes=2, out=out, quiet=True)
+    assert evaluation.command(options) == 0
+    shown = capsys.readouterr().out
+    assert "no diffusion" in shown and "top1_b" in shown and "uncompressed" not in shown
+    tables = {name: read_table(out / f"{name}.csv") for name in ("evaluation", "comparisons", "times")}
+    by_scene = read_table(out / "scenes.csv.gz")
+    counts = by_scene.groupby(["method", "variant"], sort=False).scene.nunique().reset_index().to_numpy().tolist()
+    assert counts[:2] == [["SLIM, stage 1", "no diffusion", 2], ["SLIM, stage 1", "", 4]]
+    assert counts[2:] == [["WebP", variant, 4] for variant in ("", "1/2", "1/4")]
+    again = summarise(by_scene, 128**2)
+    pd.testing.assert_frame_equal(again, tables["evaluation"], rtol=1e-5, check_dtype=False)
+    assert "best classic, payload" in set(tables["comparisons"].anchor) and "encode" in set(tables["times"].what)
+    facts = json.loads((out / "evaluation.json").read_text())
+    assert facts["protocol"] == "crop" and facts["size"] == 128 and set(facts["weights"]) == {"SLIM, stage 1", "WebP"}
+    written = {path: path.read_bytes() for path in (tmp_path / "work").rglob("*.csv")}
+    assert (out / "scenes.csv.gz").read_bytes()[4:8] == bytes(4), "no time: the same results make the same file"
+    options.scenes, options.out = 6, None
+    evaluation.command(options)
+    assert all(path.read_bytes() == data for path, data in written.items()), "nothing is measured twice"
+    assert " 6 " in capsys.readouterr().out
+
+
+def test_a_process_that_is_not_the_last(place: SimpleNamespace, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rest = {"only": ["WebP"], "batch": 2, "device": "cpu", "quiet": True, "work": tmp_path / "work"}
+    options = Options(scale=place.models, data=place.data, scenes=4, out=tmp_path / "out", **rest)
+    for rank, said in (("0", "other processes are still at work"), ("1", "WebP")):
+        monkeypatch.setenv("RANK", rank)
+        evaluation.command(options)
+        assert said in capsys.readouterr().out and (tmp_path / "out").exists() == (rank == "1")
+
+
+def test_jobs_that_take_part(place: SimpleNamespace) -> None:
+    scale = Scale.from_name(place.models)
+    scenes = ImageNetScenes(Pictures.from_folder(f"{place.data}/val"), "crop", 128)
+
+    def jobs(given: Any = scenes, **options: Any) -> list[tuple[Method, int]]:
+        return all_jobs(Options(device="cpu", **options), scale, given)
+
+    names = [(method.name, count, len(method.settings)) for method, count in jobs(scenes=7)]
+    classic = [(name, 7, 15) for name in ("JPEG", "WebP", "AVIF", "JPEG XL", "JPEG 2000")]
+    assert names == [("uncompressed", 7, 2), ("SLIM, stage 1", 7, 6), *classic]
+    ablations = jobs(scenes=7, ablation_scenes=3, only=["SLIM, stage 1"])
+    assert [(count, len(method.settings)) for method, count in ablations] == [(3, 11 * 6 + 1), (7, 6)]
+    assert [count for _, count in jobs(reproduce=True, only=["SLIM, stage 1"])] == [300, 1000]
+    others = ImageNetScenes(scenes.pictures, "squash", 128)
+    keys = [jobs(given, bf16=bf16)[1][0].key for given in (scenes, others, []) for bf16 in (False, True)]
+    assert len(set(keys)) == 6, "other pictures, another precision"
+    with pytest.raises(ValueError, match="no nonsense, nothing; of methods there are: .*JPEG.*variants: all, no"):
+        jobs(only=["nonsense"], variants=["nothing"])
+    for published in (False, True):  # ImageNet's preprocessing is for ImageNet alone
+        machines = methods.open_machines(scale, "cpu", published)
+        assert list(machines) == ["a", "b"]
+        assert all(isinstance(machine, AsPublished) == published for machine in machines.values())
+
+
+def test_codecs_share_their_parts(codec: SlimCodec, world: Path) -> None:
+    first = methods.open_codec(world, "SLIM, stage 1", device="cpu")
+    other = methods.open_codec(world, "SLIM, stage 1", first)
+    assert other.ldm is first.ldm and other.machine is first.machine and other.compressor is not first.compressor
+    assert other.fingerprint == first.fingerprint == codec.fingerprint
+
+
+# ---- quick looks
+
+
+def test_latents_by_region(codec: SlimCodec) -> None:
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(6, 4, 16, 16)).astype(np.float16)
+    masks = np.kron(rng.random((6, 1, 4, 4)) < 0.3, np.ones((4, 4)))
+    model = codec.compressor
+    rows = evaluate_latents(model, z, (255 * masks).astype(np.uint8), (0.0, 1.0), batch=4)
+    assert [row["quality"] for row in rows] == [0, 1] and rows[0]["bpp"] < rows[1]["bpp"] and not model.training
+    x, m = torch.from_numpy(z).float(), torch.from_numpy(masks).float()
+    with torch.no_grad():
+        out = model(x, 1.0)
+    error = (x - out["z_hat"]).square().mean(1, keepdim=True)
+    bits = {name: -p.log2() for name, p in out["likelihoods"].items()}
+    seen, pixels = out["roi_logits"] > 0, 6 * 64**2
+    inside = bits["y"].sum(1, keepdim=True) * nn.functional.avg_pool2d(m, 4)
+    expected = {
+        "quality": 1.0,
+        "bpp": (bits["y"].sum() + bits["h"].sum()) / pixels,
+        "h_bpp": bits["h"].sum() / pixels,
+        "mse": error.mean(),
+        "roi_mse": (error * m).sum() / m.sum(),
+        "background_mse": (error * (1 - m)).sum() / (1 - m).sum(),
+        "roi_bits": inside.sum() / bits["y"].sum(),
+        "roi_area": m.mean(),
+        "roi_iou": (seen & (m > 0.5)).sum() / (seen | (m > 0.5)).sum(),
+    }
+    assert rows[1] == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
+    assert evaluate_latents(model, x, m, (1.0,))[0] == pytest.approx(rows[1], rel=1e-4), "tensors do as well"
+
+
+def test_pictures_of_latents_are_made_as_the_codec_makes_them(codec: SlimCodec) -> None:
+    z = np.random.default_rng(0).normal(size=(5, 4, 16, 16)).astype(np.float32)
+    captions, labels = [f"a {word}" for word in WORDS], np.arange(5)
+    model, ldm, config = codec.compressor, codec.ldm, codec.compressor.config
+    shown: list[Tensor] = []
+
+    def machine(x: Tensor) -> Tensor:
+        shown.append(x)
+        return torch.eye(6)[[0, 1, 0][: len(x)]]  # of the batches (0, 1, 2) and (3, 4): right for 0 and 1
+
+    machines: dict[str, Callable] = {"A": machine}
+    (row,) = evaluate_latents(model, z, np.ones((5, 1, 16, 16)), (1.0,), 3, (ldm, machines, captions, labels))
+    assert row["A"] == pytest.approx(40)
+    with torch.no_grad():
+        z_hat = model(torch.from_numpy(z), 1.0)["z_hat"]
+        walk = ldm.enhance(z_hat, captions, config.t0(1.0), config.steps, range(5), config.guidance)
+        assert torch.allclose(torch.cat(shown), ldm.decode(last(walk, z_hat)), atol=1e-4)

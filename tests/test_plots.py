@@ -1,14 +1,15 @@
-"""Figures: they draw what they are given, return their axes, and change nothing global."""
+"""Figures: they draw what they are given, return their axes, and change nothing global. Tables and Markdown."""
 
 from __future__ import annotations
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from slimlib import plots
+from slimlib.measure import plots
 from slimlib.scales import ASSETS
 
 
@@ -21,22 +22,34 @@ def test_everything_draws_with_the_style(image: Image.Image) -> None:
     with plt.style.context(ASSETS / "slim.mplstyle"):
         before = dict(mpl.rcParams)
         figure, axes = plt.subplots(2, 4)
-        returned = plots.image_row(axes[0], image, np.ones((8, 12)), image)
+        returned = plots.image_row(axes[0], image, np.ones((8, 12)), Image.new("RGB", image.size))
         assert [ax.get_title(loc="left") for ax in returned] == ["original", "region of interest", "decoded", "error"]
-        assert axes[0, 3].images[0].get_array().max() == 0
+        shown = [ax.images[-1].get_array() for ax in returned]
+        assert [array.shape[:2] for array in shown] == [(32, 48), (8, 12), (32, 48), (32, 48)]
+        assert np.array_equal(shown[0], np.asarray(image)) and shown[1].min() == 1 and not shown[2].any()
+        assert np.allclose(shown[3], np.asarray(image).mean(2) / 255)
         ax = axes[1]
         assert plots.show_map(ax[0], image, np.random.rand(2, 3)) is ax[0]
-        assert plots.byte_bars(ax[1], {"q = 0": {"header": 56.0, "latent": 160.0, "rounding": -3.0}}) is ax[1]
-        assert ax[1].texts[0].get_text() == " 27"
-        assert plots.top5_bars(ax[2], [("fox", 0.7), ("lion", 0.2)], truth="fox") is ax[2]
+        bars = {"q = 0": {"header": 56.0, "latent": 160.0, "rounding": -3.0}, "q = 1": {"header": 56, "caption": 80}}
+        assert plots.byte_bars(ax[1], bars) is ax[1]
+        assert [text.get_text() for text in ax[1].texts] == [" 27", " 17"] and ax[1].yaxis_inverted()
+        widths = {c.get_label(): [bar.get_width() for bar in c] for c in ax[1].containers}
+        assert widths == {"header": [7, 7], "latent": [20, 0], "rounding": [0, 0], "caption": [0, 10]}
+        assert ax[1].containers[0][0].get_facecolor() == mpl.colors.to_rgba(plots.PART_COLOURS["header"])
+        assert plots.top5_bars(ax[2], [("fox", 0.7), ("lion", 0.2)], truth="lion") is ax[2]
+        assert [round(bar.get_width()) for bar in ax[2].patches] == [70, 20] and ax[2].yaxis_inverted()
+        assert ax[2].patches[1].get_facecolor() == mpl.colors.to_rgba(plots.COLOURS["SLIM"])
         curve = ([0.2, 0.1], [0.8, 0.6], "JPEG", ([0.7, 0.5], [0.9, 0.7]))
         assert plots.rate_curve(ax[3], *curve) is ax[3]
-        assert ax[3].lines[0].get_linestyle() == "--"
-        assert ax[3].lines[0].get_xdata().tolist() == [0.1, 0.2]
+        (line,) = ax[3].lines
+        assert line.get_linestyle() == "--" and line.get_xydata() == pytest.approx(np.array([[0.1, 60], [0.2, 80]]))
+        assert ax[3].collections[0].get_datalim(ax[3].transData).extents == pytest.approx([0.1, 50, 0.2, 90])
         dots = {"SLIM": (50.0, 40.0, 60.0), "no caption": (45.0, 36.0, 55.0)}
         assert plots.interval_dots(axes[0, 0], dots, "Top-1 accuracy [%]", "SLIM") is axes[0, 0]
         assert [text.get_text() for text in axes[0, 0].get_yticklabels()] == list(dots)
         assert axes[0, 0].get_ylim()[0] > axes[0, 0].get_ylim()[1], "the first is on top"
+        drawn = [line.get_xdata() for line in axes[0, 0].lines]
+        assert [list(x) for x in drawn] == [[40, 60], [50], [50, 50], [36, 55], [45]]
         assert plots.log_rate(ax[3]) is ax[3]
         assert [tick.get_text() for tick in ax[3].get_xticklabels()] in (["0.1"], [])  # 0.3 is beyond the curve
         figure.canvas.draw()
@@ -46,7 +59,20 @@ def test_everything_draws_with_the_style(image: Image.Image) -> None:
 
 def test_every_method_has_a_colour_of_its_own() -> None:
     assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
-    assert set(plots.COLOURS) >= plots.CLASSIC
+    assert set(plots.COLOURS) >= plots.DASHED
     with pytest.raises(KeyError):
         plots.rate_curve(plt.figure().add_subplot(), [1], [1], "unheard of")
     plt.close("all")
+
+
+def test_what_notebooks_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict] = []
+    monkeypatch.setattr(plots, "display", lambda data, raw: shown.append(data))
+    plots.say("**42** bytes")
+    plots.table(["a", ""], [[1, "x"], [2.5, "y"]])
+    plots.table(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
+    plots.show_photographs(plt.figure())
+    lines = "| a |  |\n| --- | --- |\n| 1 | x |\n| 2.5 | y |"
+    assert [data.get("text/markdown") for data in shown[:2]] == ["**42** bytes", lines]
+    assert shown[2]["text/markdown"] == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+    assert shown[3]["image/jpeg"][:2] == b"\xff\xd8" and not plt.get_fignums()

@@ -10,9 +10,10 @@ import pytest
 import timm
 import torch
 
-from slimlib.machines import load_machine, to_images, to_tensor
+from slimlib.data.scenes import CLASSES, CUTOUTS, PocketScenes
+from slimlib.images import to_images, to_tensor
+from slimlib.machines import load_machine
 from slimlib.scales import ASSETS, Scale
-from slimlib.scenes import CLASSES, CUTOUTS, PocketScenes
 
 POCKET = ASSETS / "pocket"
 SCALE = Scale.from_name("pocket")
@@ -25,6 +26,8 @@ CARDS = (
     "compressor",
     "compressor_uniform",
     "compressor_stage2",
+    "compressor_features",
+    "compressor_lora",
     "baseline_mse",
     "baseline_task",
 )
@@ -61,7 +64,7 @@ def test_the_floors_are_met():
 
 
 def test_only_safetensors_and_not_too_many():
-    files = [p for p in POCKET.rglob("*") if p.is_file()]
+    files = [p for p in POCKET.glob("*/**/*") if p.is_file() and "__pycache__" not in p.parts]
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".md", ".txt", ".csv"}
     assert sum(p.stat().st_size for p in files) < 80e6
 

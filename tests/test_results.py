@@ -1,60 +1,64 @@
-"""The shipped tables: of the shipped weights, and in agreement with one another."""
+"""The shipped tables: of the shipped weights, readable by pandas, and in agreement with one another."""
 
 from __future__ import annotations
 
 import json
-import math
 
+import pandas as pd
 import pytest
 
-from slimlib import evaluation
-from slimlib.deltas import bd_rate
-from slimlib.evaluation import MAIN, PIXEL_FOLDERS, RESULTS, SLIM_FOLDERS, Comparison, Row, Timing, load_rows
+from slimlib.measure.evaluation import RESULTS, read_table, summarise, weights_key
+from slimlib.measure.methods import MAIN, PIXEL_FOLDERS, SLIM_FOLDERS
+from slimlib.measure.metrics import bd_rate
 from slimlib.scales import ASSETS
 
-ROWS: list[Row] = load_rows(RESULTS / "evaluation.csv")
-ABOUT = json.loads((RESULTS / "evaluation.json").read_text())
-
-
-def of(method: str, variant: str = "") -> list[Row]:
-    return [row for row in ROWS if (row.method, row.variant) == (method, variant)]
+TABLE, ABOUT = read_table(RESULTS / "evaluation.csv"), json.loads((RESULTS / "evaluation.json").read_text())
+POCKET, SCENES = ASSETS / "pocket", RESULTS / "scenes.csv.gz"
 
 
 @pytest.mark.parametrize("name", sorted(ABOUT["weights"]))
 def test_the_table_is_of_the_shipped_weights(name: str) -> None:
-    pocket = ASSETS / "pocket"
-    parts = [pocket / part for part in ("ldm", "captioner", "machine_a", "machine_b")]
+    parts = [POCKET / part for part in ("ldm", "captioner", "machine_a", "machine_b")]
     if name in SLIM_FOLDERS:
-        folders = [*parts, pocket / SLIM_FOLDERS[name]]
+        folders = [*parts, POCKET / SLIM_FOLDERS[name]]
     elif name in PIXEL_FOLDERS:
-        folders = [*parts[2:], pocket / PIXEL_FOLDERS[name]]
+        folders = [*parts[2:], POCKET / PIXEL_FOLDERS[name]]
     else:
         folders = parts if name == "uncompressed" else parts[2:]
-    assert evaluation.weights_key(*folders) == ABOUT["weights"][name], "the weights have changed: run `make reproduce`"
+    assert weights_key(*folders) == ABOUT["weights"][name], "the weights have changed: run `make reproduce`"
 
 
 def test_all_that_is_shipped_was_measured() -> None:
-    shipped = [name for name, sub in {**SLIM_FOLDERS, **PIXEL_FOLDERS}.items() if (ASSETS / "pocket" / sub).is_dir()]
-    assert set(shipped) <= {row.method for row in ROWS}
-    assert set(MAIN) | set(PIXEL_FOLDERS) <= set(shipped)
-    for name in (*MAIN, *PIXEL_FOLDERS, "uncompressed"):
-        assert all(row.scenes >= 1000 for row in of(name)), name
-    assert all(row.top1_b_low <= row.top1_b <= row.top1_b_high for row in ROWS)
-    assert ABOUT["command"].startswith("python -m slimlib.evaluation --reproduce")
+    shipped = {name for name, sub in {**SLIM_FOLDERS, **PIXEL_FOLDERS}.items() if (POCKET / sub).is_dir()}
+    assert {*MAIN, *PIXEL_FOLDERS} <= shipped <= set(TABLE.method)
+    whole = TABLE[TABLE.method.isin([*MAIN, *PIXEL_FOLDERS, "uncompressed"]) & TABLE.variant.isin(["", "VAE"])]
+    assert whole.scenes.ge(1000).all() and len(whole) == 5 * 6 + 2
+    for name in ("top1_a", "top1_b", "top1_b_seen", "top1_b_unseen"):
+        assert TABLE[name].between(TABLE[f"{name}_low"], TABLE[f"{name}_high"]).all()
+    assert "--reproduce" in ABOUT["command"]
+
+
+@pytest.mark.parametrize("name", ["evaluation", "comparisons", "times"])
+def test_tables_are_written_as_they_are_read(name: str) -> None:
+    path = RESULTS / f"{name}.csv"
+    for table in (pd.read_csv(path), read_table(path)):
+        assert table.to_csv(index=False, float_format="%.6g") == path.read_text()
 
 
 def test_the_deltas_follow_from_the_table() -> None:
-    curves = {name: ([r.bpp for r in of(name)], [r.top1_b for r in of(name)]) for name in MAIN}
-    checked = 0
-    for row in load_rows(RESULTS / "comparisons.csv", Comparison):
-        if row.machine == "b" and row.anchor in curves and row.test in curves and not math.isnan(row.bd_rate):
-            assert bd_rate(curves[row.anchor], curves[row.test]).value == pytest.approx(row.bd_rate, abs=0.5)
-            assert row.bd_rate_low <= row.bd_rate <= row.bd_rate_high
-            checked += 1
-    assert checked >= 2
+    curves = {name: (of.bpp, of.top1_b) for name, of in TABLE[TABLE.variant == ""].groupby("method")}
+    rows = read_table(RESULTS / "comparisons.csv")
+    rows = rows[(rows.machine == "b") & rows.anchor.isin(MAIN) & rows.test.isin(MAIN)].dropna(subset="bd_rate")
+    assert len(rows) >= 2 and rows.bd_rate.between(rows.bd_rate_low, rows.bd_rate_high).all()
+    for row in rows.itertuples():
+        assert bd_rate(curves[row.anchor], curves[row.test]).value == pytest.approx(row.bd_rate, abs=0.5)
+
+
+@pytest.mark.skipif(not SCENES.exists(), reason="results by scene come with the next `slim evaluate --reproduce`")
+def test_the_table_follows_from_the_results_by_scene() -> None:
+    pd.testing.assert_frame_equal(summarise(read_table(SCENES)), TABLE, rtol=1e-4, check_dtype=False)
 
 
 def test_the_codec_adds_little_to_its_networks() -> None:
-    timings = {t.what: t.value for t in load_rows(RESULTS / "times.csv", Timing)}
-    for side in ("encode", "decode"):
-        assert timings[f"{side}: against these"] < 1.3
+    times = read_table(RESULTS / "times.csv").set_index("what")["value"]
+    assert times["encode: against these"] < 1.3 and times["decode: against these"] < 1.3

@@ -9,11 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from slimlib.scenes import BACKGROUNDS, CLASSES, CUTOUTS, FOLDER, SPLITS, PocketScenes
+from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, FOLDER, SPLITS, PocketScenes, Scene
 
 DIGEST = (
-    "import hashlib; from slimlib.scenes import PocketScenes; s = PocketScenes('test', 96, 3)[17]; "
+    "import hashlib; from slimlib.data.scenes import PocketScenes; s = PocketScenes('test', 96, 3)[17]; "
     "print(hashlib.sha256(s.image.tobytes() + s.matte.tobytes()).hexdigest())"
 )
 
@@ -97,3 +98,11 @@ def test_pictures_are_those_of_the_table():
         assert hashlib.sha256((FOLDER / file).read_bytes()).hexdigest() == sums[file], file
     text = (FOLDER / "CREDITS.md").read_text()
     assert all(file in text for file in files)
+
+
+def test_a_mask_is_the_share_of_each_cell():
+    matte = np.zeros((4, 4), np.float32)
+    matte[0, :2], matte[3, 3] = 1, 0.5
+    scene = Scene(Image.new("RGB", (4, 4)), matte, 0, "a red fox", "in a forest", True)
+    assert scene.mask(2, 1).tolist() == [[0.25], [0.0625]] and scene.mask(1, 2).tolist() == [[0.25, 0.0625]]
+    assert scene.caption == "a red fox in a forest"

@@ -1,417 +1,328 @@
-"""Both stages learn, resume exactly, and refuse settings that do not fit; gradients go where they should."""
+"""Both stages: every term of the losses counts, items stay together, gradients go where they should."""
 
 from __future__ import annotations
 
 import copy
-import csv
-import json
-import os
-import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_codec import CAPTIONS, TINY
+from torch import Tensor
+from torch.nn import functional as F
 
-from slimlib import pretrain
-from slimlib.caption import CaptionPrior
-from slimlib.codec import CAPTION_PRIOR
-from slimlib.compressor import CompressorConfig, LatentCompressor
+from slimlib import training
+from slimlib.compressor import LatentCompressor
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import load_machine
-from slimlib.pool import ScenePool
-from slimlib.repro import load_state
-from slimlib.training import (
-    LORA_FILE,
-    Stage1Config,
-    Stage2Config,
-    decode_once,
-    diffusion_loss,
-    error_weights,
-    evaluate_latents,
-    evaluate_pictures,
-    learning_rate,
-    main,
-    random_view,
-    rate_weight,
-    spatial_features,
-    start_times,
-    task_loss,
-    train_stage1,
-    train_stage2,
-)
+from slimlib.training import Stage1Config, Stage2Config
 
-TINY = CompressorConfig(stem=16, width=32, depth=1, heads=2, y_channels=12, h_channels=4, net_width=16)
-CONFIG = Stage1Config(steps=10, batch=4, warmup=2, save_every=5, log_every=1)
+QUIET: dict[str, Any] = {"progress": False, "device": "cpu"}
+ONE = Stage1Config(steps=2, batch=4, warmup=2, log_every=1)
+TWO = Stage2Config(steps=3, batch=2, warmup=2, log_every=1, lambda_max=1.0)
 
 
-def synthetic(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth latents with a textured disc each: (N, 4, 32, 32) float16 and (N, 1, 32, 32) uint8."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[:32, :32] / 32
+# ---- the losses
+
+
+def numbers(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape)
+
+
+def test_losses_are_what_the_formulas_say() -> None:
+    """Written out in NumPy, for values at which each weight, term and division shows."""
+    one = {"w_bg": 0.3, "lambda_min": 0.02, "lambda_max": 5.0, "beta": 0.7}
+    (z, z_hat), (m, logits) = numbers(0, 2, 2, 4, 16, 16), numbers(1, 2, 2, 1, 16, 16)
+    p = {"y": numbers(4, 2, 8, 4, 4), "h": numbers(5, 2, 4, 2, 2)}
+    quality, diffusion, task = np.array([0.2, 0.9]), np.array([0.5, 3.0]), np.array([2.0, 0.7])
+    lam = 0.02 * (5.0 / 0.02) ** quality
+    bpp = np.stack([-sum(np.log2(p[name][i]).sum() for name in "yh") / (16 * 16 * 4**2) for i in range(2)])
+    weights = 0.3 + 0.7 * m
+    weights = weights / weights.mean((1, 2, 3), keepdims=True)
+    distortion = (weights * (z - z_hat) ** 2).mean((1, 2, 3))
+    bce = (np.log1p(np.exp(logits)) - m * logits).mean()
+    first = ((bpp + lam * distortion) / np.sqrt(lam)).mean() + 0.7 * bce
+    second = first + (0.3 * np.sqrt(lam) * diffusion).mean() + (0.4 * task).mean()
+
+    out: dict[str, Any] = {"z_hat": torch.from_numpy(z_hat), "roi_logits": torch.from_numpy(logits)}
+    out["likelihoods"] = {name: torch.from_numpy(values) for name, values in p.items()}
+    tensors = [torch.from_numpy(values) for values in (z, m, quality, diffusion, task)]
+    parts = {"bpp": bpp.mean(), "weighted_mse": distortion.mean(), "roi_bce": bce}
+    loss, found = training.stage1_loss(out, *tensors[:3], Stage1Config(**one), 4)
+    assert {"loss": loss, **found} == pytest.approx({"loss": first, **parts}, rel=1e-5)
+    loss, found = training.stage2_loss(out, *tensors, Stage2Config(**one, a=0.3, b=0.4), 4)
+    more = {"diffusion": diffusion.mean(), "task": task.mean()}
+    assert {"loss": loss, **found} == pytest.approx({"loss": second, **parts, **more}, rel=1e-5)
+    empty = training.error_weights(torch.zeros(1, 1, 4, 4), 0.0)
+    assert bool(empty.isfinite().all()), "a picture without a region, and no weight outside"
+
+
+def test_knots_learn_faster_and_do_not_decay() -> None:
+    model = LatentCompressor(TINY)
+    weights, knots = training.parameter_groups(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names.pop(parameter) for parameter in knots["params"]}
+    assert {"log_gain", "log_inverse_gain", "log_hyper_gain", "gate_depth", "net.mean_gain.values"} <= found
+    assert len(found) == 10 and (knots["speed"], knots["weight_decay"]) == (training.KNOT_SPEED, 0)
+    assert set(names) == set(weights["params"]) and (weights["speed"], weights["weight_decay"]) == (1, 1e-4)
+
+
+# ---- stage 1
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[np.ndarray, np.ndarray]:
+    """Smooth latents with a textured disc each: (16, 4, 32, 32) float16 and (16, 32, 32) uint8."""
+    rng, (rows, columns) = np.random.default_rng(0), np.mgrid[:32, :32] / 32
     latents, masks = [], []
-    for _ in range(count):
-        slope = rng.normal(size=(4, 2, 1, 1))
-        z = slope[:, 0] * (rows - 0.5) + slope[:, 1] * (columns - 0.5) + 0.5 * rng.normal(size=(4, 1, 1))
-        centre, radius = rng.uniform(0.25, 0.75, 2), rng.uniform(0.15, 0.25)
-        disc = np.hypot(rows - centre[0], columns - centre[1]) < radius
+    for _ in range(16):
+        slope, (y, x) = rng.normal(size=(3, 4, 1, 1)), rng.uniform(0.25, 0.75, 2)
+        masks.append(np.hypot(rows - y, columns - x) < rng.uniform(0.15, 0.25))
         waves = np.sin(2 * np.pi * (rng.uniform(2, 4) * rows + rng.uniform(2, 4) * columns))
-        latents.append(np.where(disc, rng.normal(size=(4, 1, 1)) * waves + 0.5, z))
-        masks.append(disc[None])
-    return np.stack(latents).astype(np.float16), (np.stack(masks) * 255).astype(np.uint8)
+        smooth = slope[0] * (rows - 0.5) + slope[1] * (columns - 0.5)
+        latents.append(np.where(masks[-1], slope[2] * waves + 0.5, smooth + 0.5 * rng.normal(size=smooth.shape)))
+    return np.stack(latents).astype(np.float16), 255 * np.stack(masks).astype(np.uint8)
 
 
-def train(config: Stage1Config, folder: Path, **options) -> LatentCompressor:
-    latents, masks = synthetic(16)
-    return train_stage1(config, latents, masks, folder, compressor=TINY, progress=False, device="cpu", **options)
+def test_stage1_keeps_the_region(data: tuple, tmp_path: Path) -> None:
+    """It learns, learns to see the region, and spends there what the background's weight leaves."""
+    z, m = torch.from_numpy(data[0]).float(), torch.from_numpy(data[1])[:, None] > 0
+    ratios = {}
+    for w_bg in (0.02, 1.0):
+        folder = tmp_path / str(w_bg)
+        model = training.train_stage1(replace(ONE, steps=40, batch=8, lr=5e-3, w_bg=w_bg), *data, folder, TINY, **QUIET)
+        log = pd.read_csv(folder / "log.csv")
+        for name in ("loss", "roi_bce"):
+            assert log[name][-10:].mean() < 0.8 * log[name][:10].mean(), name
+        assert LatentCompressor.from_pretrained(folder, device="cpu").fingerprint() == model.fingerprint()
+        with torch.no_grad():
+            error = (model(z, 0.3)["z_hat"] - z).square().mean(1, keepdim=True)
+        ratios[w_bg] = float(error[m].mean() / error[~m].mean())
+    assert ratios[0.02] < 0.6 * ratios[1.0]
 
 
-def test_loss_falls(tmp_path: Path) -> None:
-    train(replace(CONFIG, steps=60, lr=3e-3, batch=8), tmp_path)
-    with (tmp_path / "log.csv").open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert len(losses) == 60
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-    LatentCompressor.from_pretrained(tmp_path, device="cpu")
+def test_stage1_starts_from_what_it_is_given_and_refuses_the_rest(data: tuple, tmp_path: Path) -> None:
+    start, (z, m) = LatentCompressor(TINY), data
+    before = start.encoder.y.weight.detach().clone()
+    model = training.train_stage1(replace(ONE, lr=1e-4), z, m, tmp_path, start, **QUIET)
+    assert model is start and 0 < (model.encoder.y.weight - before).abs().max() < 1e-3
+    for config, masks, start, reason in (
+        (ONE, m[:3], TINY, "belong together"),
+        (ONE, m[:, :8], TINY, "belong together"),
+        (replace(ONE, w_bg=1.0), m, TINY, "w_bg: 0.05 there, 1.0 asked for"),
+        (ONE, m, replace(TINY, depth=2), "compressor"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            training.train_stage1(config, z, masks, tmp_path, start, **QUIET)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    train(CONFIG, tmp_path / "whole")
-    train(CONFIG, tmp_path / "parts", max_seconds=0.0)  # stops after one step
-    assert load_state(tmp_path / "parts/checkpoint.safetensors")[1]["step"] == 1
-    torch.manual_seed(123)  # what happens in between does not matter
-    train(CONFIG, tmp_path / "parts")
-    whole, _ = load_state(tmp_path / "whole/checkpoint.safetensors")
-    parts, meta = load_state(tmp_path / "parts/checkpoint.safetensors")
-    assert meta["step"] == 10
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()
-    with (tmp_path / "parts/log.csv").open(newline="") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 11))
-
-
-def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
-    train(replace(CONFIG, steps=2), tmp_path)
-    with pytest.raises(ValueError, match=r"stage1\.w_bg"):
-        train(replace(CONFIG, steps=2, w_bg=1.0), tmp_path)
-    train(replace(CONFIG, steps=2, w_bg=1.0), tmp_path, resume=False)
-
-
-def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="checkpoint"):
-        train(CONFIG, tmp_path)
-
-
-def test_settings_and_shapes_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lamda"):
-        Stage1Config.from_dict({"lamda": 1})
-    assert Stage1Config.from_dict({"steps": 3}).steps == 3
-    latents, masks = synthetic(4)
-    with pytest.raises(ValueError, match="belong together"):
-        train_stage1(CONFIG, latents, masks[:3], tmp_path, progress=False)
-
-
-def test_weights_have_mean_one() -> None:
-    m = torch.rand(3, 1, 8, 8)
-    m[2] = 0
-    for w_bg in (0.05, 1.0):
-        weights = error_weights(m, w_bg)
-        assert torch.allclose(weights.mean((1, 2, 3)), torch.ones(3))
-    assert torch.equal(error_weights(m, 1.0), torch.ones_like(m))
-    one = error_weights((m[:1] > 0.5).float(), 0.05)
-    assert one.max() / one.min() == pytest.approx(20, rel=1e-4)
-
-
-def test_schedules() -> None:
-    lam = rate_weight(torch.tensor([0.0, 0.5, 1.0]), CONFIG)
-    assert lam.tolist() == pytest.approx(
-        [CONFIG.lambda_min, (CONFIG.lambda_min * CONFIG.lambda_max) ** 0.5, CONFIG.lambda_max]
-    )
-    rates = [learning_rate(step, CONFIG) for step in range(CONFIG.steps)]
-    assert max(rates) == CONFIG.lr and rates[0] < rates[1] and rates[-1] < 0.1 * CONFIG.lr
-
-
-def test_evaluation_reports_region_and_background() -> None:
-    torch.manual_seed(0)
-    latents, masks = synthetic(6)
-    model = LatentCompressor(TINY).train()
-    rows = evaluate_latents(model, latents, masks, (0.0, 1.0), batch=4)
-    assert model.training
-    assert [row["quality"] for row in rows] == [0, 1]
-    assert rows[0]["bpp"] < rows[1]["bpp"]
-    for row in rows:
-        area = row["roi_area"]
-        assert area == pytest.approx(float(masks.mean() / 255), rel=1e-4)
-        mixed = area * row["roi_mse"] + (1 - area) * row["background_mse"]
-        assert row["mse"] == pytest.approx(mixed, rel=1e-4)
-        assert 0 < row["roi_bits"] < 1 and 0 <= row["roi_iou"] <= 1
-
-
-# ---- stage 2 ------------------------------------------------------------------------------------------
-
-
-TWO = Stage2Config(steps=4, batch=2, warmup=2, save_every=2, log_every=1, lambda_max=1.0)
-NOUNS = ("a red fox", "a banana", "a violin", "a lion", "a tulip", "a bus")
+# ---- stage 2
 
 
 @pytest.fixture(scope="module")
 def world(tiny_world: Path) -> SimpleNamespace:
-    """The tiny diffusion model and machine, eight scenes of noise for them, and their latents."""
+    """The tiny diffusion model and machine, eight pictures of noise for them, and their latents."""
     ldm = LatentDiffusion.from_pretrained(tiny_world / "ldm", device="cpu")
-    rng = np.random.default_rng(0)
+    images, masks = (255 * numbers(0, 8, 3, 64, 64)).astype(np.uint8), (255 * numbers(1, 8, 16, 16)).astype(np.uint8)
     labels = np.arange(8) % 6
-    pool = ScenePool(
-        images=rng.integers(0, 256, (8, 3, 64, 64), dtype=np.uint8),
-        masks=rng.integers(0, 256, (8, 16, 16), dtype=np.uint8),
-        labels=labels,
-        nouns=[NOUNS[i] for i in labels],
-        places=["in a forest"] * 8,
-    )
-    latents = ldm.encode(pool.batch(np.arange(8))).numpy()
-    return SimpleNamespace(ldm=ldm, machine=load_machine(str(tiny_world / "machine_a"), "cpu"), pool=pool, z=latents)
+    z = ldm.encode(torch.from_numpy(images) / 255).numpy()
+    items = {"latents": z, "masks": masks, "labels": labels, "captions": [CAPTIONS[i] for i in labels]}
+    machine = load_machine(str(tiny_world / "machine_a"), "cpu")
+    return SimpleNamespace(ldm=ldm, machine=machine, images=images, z=torch.from_numpy(z), items=items)
 
 
-def train_two(config: Stage2Config, world: SimpleNamespace, folder: Path, **options) -> LatentCompressor:
+@pytest.fixture
+def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bfloat16 on processors that have it."""
+    monkeypatch.setattr(training, "autocast", lambda *_, **__: nullcontext())
+
+
+def train(config: Stage2Config, world: SimpleNamespace, folder: Path, **more: Any) -> LatentCompressor:
     torch.manual_seed(7)
-    start = LatentCompressor(TINY)
-    options = {"progress": False, "device": "cpu"} | options
-    return train_stage2(config, world.z, world.pool, world.ldm, world.machine, folder, start, **options)
+    rest = {"ldm": world.ldm, "machine": world.machine, "images": world.images, "compressor": LatentCompressor(TINY)}
+    return training.train_stage2(config, out=folder, **{**world.items, **rest, **QUIET, **more})
 
 
-def columns(folder: Path) -> dict[str, list[float]]:
-    with (folder / "log.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+@pytest.mark.parametrize(
+    ("task", "drop", "view"), [("ce", 0.0, 0.0), ("ce", 1.0, 0.1), ("features", 0.5, 0.1), ("features", 0.0, 0.0)]
+)
+def test_stage2_hands_on_what_belongs_together(
+    world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, drop: float, view: float
+) -> None:
+    """Latent, map, words, label and picture of each item, through every part of the loss."""
+    calls: dict[str, list] = {}
+
+    def watch(name: str) -> None:
+        real = getattr(training, name)
+        monkeypatch.setattr(training, name, lambda *args: calls.setdefault(name, [*args, real(*args)])[-1])
+
+    for name in ("decode_once", "random_view", "task_loss", "diffusion_loss", "stage2_loss"):
+        watch(name)
+    config = replace(TWO, steps=1, batch=32, task=task, drop_caption=drop, view=view)
+    model = train(config, world, tmp_path)
+    out, z, m, quality, diffusion, task_term, used, factor, _ = calls["stage2_loss"]
+    index = [int((world.z - item).abs().sum((1, 2, 3)).argmin()) for item in z]
+    assert torch.equal(z, world.z[index]) and used == config and factor == TINY.factor and len(set(index)) > 5
+    assert sorted((32 * quality).long().tolist()) == list(range(32)), "one quality from each part of [0, 1]"
+    np.testing.assert_allclose(m[:, 0].numpy(), world.items["masks"][index] / 255, rtol=1e-6)
+    ldm, z_hat, t, words, noise, (z_tilde, x_hat) = calls["decode_once"]
+    assert ldm is world.ldm and torch.equal(z_hat, out["z_hat"]) and noise.std() == pytest.approx(1, abs=0.1)
+    assert torch.equal(t, training.start_times(TINY, quality))
+    told = [word == world.items["captions"][i] for word, i in zip(words, index, strict=True)]
+    assert set(words) - {""} <= set(CAPTIONS) and all(t or not w for t, w in zip(told, words, strict=True))
+    assert 1 - sum(told) / 32 == pytest.approx(drop, abs=0.3 if 0 < drop < 1 else 0)
+    most, original, picture, (seen, target) = calls["random_view"]
+    assert most == view and original is x_hat and torch.equal(seen, x_hat) == (not view)
+    machine, shown, labels, wanted, found = calls["task_loss"]
+    assert machine is world.machine and shown is seen and labels.tolist() == list(world.items["labels"][index])
+    assert wanted is target and found is task_term
+    originals = torch.from_numpy(world.images[index]).float() / 255
+    assert picture is None if task == "ce" else torch.equal(picture, originals)
+    assert calls["diffusion_loss"][0] is world.ldm and calls["diffusion_loss"][4] is diffusion
+    assert all(map(torch.equal, calls["diffusion_loss"][1:4], (out["z_hat"], z_tilde, t)))
+    assert LatentCompressor.from_pretrained(tmp_path, device="cpu").fingerprint() == model.fingerprint()
 
 
 def test_stage2_learns_and_leaves_the_frozen_networks_alone(world: SimpleNamespace, tmp_path: Path) -> None:
     frozen = [world.ldm.unet, world.ldm.vae, world.ldm.text_encoder, world.machine]
-    before = [p.clone() for module in frozen for p in module.parameters()]
-    train_two(replace(TWO, steps=24, lr=5e-3, task="features"), world, tmp_path)
-    log = columns(tmp_path)
-    assert {"bpp", "weighted_mse", "diffusion", "task"} <= log.keys() and len(log["step"]) == 24
-    assert np.mean(log["loss"][-6:]) < np.mean(log["loss"][:6])
-    after = [p for module in frozen for p in module.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert all(p.grad is None for p in after)
-    LatentCompressor.from_pretrained(tmp_path, device="cpu")
+    before = [p.clone() for module in frozen for p in module.state_dict().values()]
+    train(replace(TWO, steps=14, batch=4, lr=1e-2, task="features"), world, tmp_path)
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["loss"][-5:].mean() < log["loss"][:5].mean()
+    assert {"bpp", "weighted_mse", "roi_bce", "diffusion", "task"} <= set(log.columns)
+    after = [p for module in frozen for p in module.state_dict().values()]
+    assert all(map(torch.equal, before, after)) and all(p.grad is None for m in frozen for p in m.parameters())
 
 
 @pytest.mark.parametrize("lora", [0, 2])
 def test_stage2_resumes_exactly(world: SimpleNamespace, tmp_path: Path, lora: int) -> None:
-    config = replace(TWO, lora=lora)
-    world = copy.copy(world)
+    config, world = replace(TWO, lora=lora, lr=1e-2), copy.copy(world)
     world.ldm = copy.deepcopy(world.ldm)  # the adapters stay in it
-    train_two(config, world, tmp_path / "whole")
-    train_two(config, world, tmp_path / "parts", max_seconds=0.0)
-    assert load_state(tmp_path / "parts/checkpoint.safetensors")[1]["step"] == 1
-    train_two(config, world, tmp_path / "parts")
-    whole, _ = load_state(tmp_path / "whole/checkpoint.safetensors")
-    parts, _ = load_state(tmp_path / "parts/checkpoint.safetensors")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert any(key.startswith("model/lora/") for key in whole) == bool(lora)
-    adapters = [(tmp_path / run / "unet_lora" / LORA_FILE) for run in ("whole", "parts")]
-    assert all(path.exists() == bool(lora) for path in adapters)
+    train(config, world, tmp_path / "whole")
+    train(config, world, tmp_path / "parts", max_seconds=0.0)
+    train(config, world, tmp_path / "parts")
+    for file in ["model.safetensors"] + ["unet_lora/" + training.LORA_FILE] * bool(lora):
+        weights, parts = (load_file(tmp_path / name / file) for name in ("whole", "parts"))
+        assert weights.keys() == parts.keys() and all(torch.equal(weights[name], parts[name]) for name in parts)
+    assert (tmp_path / "whole/unet_lora").exists() == bool(lora)
     if lora:
-        one, other = (load_file(path) for path in adapters)
-        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+        assert len(weights) > 8 and all(float(w.abs().sum()) > 0 for w in weights.values()), "they have learned"
         fresh = copy.deepcopy(world.ldm.unet)
         fresh.delete_adapters("slim")
-        fresh.load_lora_adapter(str(tmp_path / "whole/unet_lora"), prefix=None, weight_name=LORA_FILE)
-        text, z = world.ldm.text(["a red fox"]), torch.from_numpy(world.z[:1])
+        text, z = world.ldm.text(["a red fox"]), world.z[:1]
         with torch.no_grad():
-            ours, again = (unet(z, 50, text).sample for unet in (world.ldm.unet, fresh))
-        assert torch.allclose(ours, again, atol=1e-5), "the library reads what it wrote"
+            ours, plain = world.ldm.unet(z, 50, text).sample, fresh(z, 50, text).sample
+            fresh.load_lora_adapter(str(tmp_path / "whole/unet_lora"), prefix=None, weight_name=training.LORA_FILE)
+            again = fresh(z, 50, text).sample
+        torch.testing.assert_close(ours, again, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(ours, plain, atol=1e-5), "the library reads what it wrote"
 
 
-def test_the_task_reaches_the_compressor_through_both_networks(world: SimpleNamespace) -> None:
+def test_checkpointing_changes_no_gradient(world: SimpleNamespace, tmp_path: Path) -> None:
+    for checkpointing in (True, False):
+        train(replace(TWO, steps=2, checkpointing=checkpointing), world, tmp_path / str(checkpointing))
+        assert world.ldm.unet.is_gradient_checkpointing == checkpointing
+    logs = [pd.read_csv(tmp_path / name / "log.csv").drop(columns="seconds") for name in ("True", "False")]
+    pd.testing.assert_frame_equal(*logs, rtol=1e-4)
+
+
+def test_stage2_checks_what_it_is_given(world: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="segmentation"):
+        Stage2Config(task="segmentation")
+    for change in ({"latents": world.items["latents"][:4]}, {"labels": [1]}, {"captions": ["a bus"]}):
+        with pytest.raises(ValueError, match="belong together"):
+            train(TWO, world, tmp_path, **change)
+    for images in (None, world.images[:3]):
+        with pytest.raises(ValueError, match="there are none"):
+            train(replace(TWO, task="features"), world, tmp_path, images=images)
+    train(replace(TWO, steps=1), world, tmp_path)
+    with pytest.raises(ValueError, match=r"b: 0.15 there, 1.0 asked for"):
+        train(replace(TWO, steps=1, b=1.0), world, tmp_path)
+
+
+# ---- its parts
+
+
+def test_the_task_reaches_the_compressor_through_both_networks(world: SimpleNamespace, exactly: None) -> None:
     """The gradient of the cross-entropy at z_hat is what finite differences say."""
     torch.manual_seed(0)
-    z_hat = torch.from_numpy(world.z[:2]).clone().requires_grad_()
+    z_hat = world.z[:2].clone().requires_grad_()
     noise, t, labels = torch.randn_like(z_hat), torch.tensor([100, 20]), torch.tensor([0, 1])
 
-    def loss(z: torch.Tensor) -> torch.Tensor:
-        _, x_hat = decode_once(world.ldm, z, t, ["a red fox", ""], noise)
-        return task_loss(world.machine, x_hat, labels).sum()
+    def loss(z: Tensor) -> Tensor:
+        _, x_hat = training.decode_once(world.ldm, z, t, ["a red fox", ""], noise)
+        return training.task_loss(world.machine, x_hat, labels).sum()
 
-    with torch.autocast("cpu", enabled=False), patch("slimlib.training.autocast", lambda *_, **__: nullcontext()):
-        (gradient,) = torch.autograd.grad(loss(z_hat), z_hat)
-        direction = gradient / gradient.norm()
-        with torch.no_grad():
-            difference = (loss(z_hat + 0.01 * direction) - loss(z_hat - 0.01 * direction)) / 0.02
-    assert gradient.norm() > 0
-    assert difference.item() == pytest.approx(gradient.norm().item(), rel=0.05)
+    (gradient,) = torch.autograd.grad(loss(z_hat), z_hat)
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        difference = (loss(z_hat + 0.01 * direction) - loss(z_hat - 0.01 * direction)) / 0.02
+    assert gradient.norm() > 0 and difference.item() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
-def test_decoding_once_is_one_step_of_the_codec(world: SimpleNamespace) -> None:
-    z_hat, captions = torch.from_numpy(world.z[:2]), ["a red fox", "a banana"]
-    with torch.no_grad(), patch("slimlib.training.autocast", lambda *_, **__: nullcontext()):
-        noise = world.ldm.noise(z_hat.shape, 5)
-        z_tilde, x_hat = decode_once(world.ldm, z_hat, torch.tensor([60, 0]), captions, noise)
-        enhanced = world.ldm.enhance(z_hat, captions, 60, 1, 5)
-        assert torch.equal(z_tilde[1], z_hat[1]), "at t0 = 0 the UNet is left out"
-        # the codec's last step ends a little short of "no noise left"
-        assert torch.allclose(z_tilde[0], enhanced[0], atol=0.15)
-        assert torch.allclose(x_hat, world.ldm.decode(z_tilde), atol=1e-5)
+@torch.no_grad()
+def test_decoding_once_is_one_step_of_the_codec(world: SimpleNamespace, exactly: None) -> None:
+    ldm, z_hat, captions, t = world.ldm, world.z[:2], ["a red fox", "a banana"], torch.tensor([60, 0])
+    noise = ldm.noise(z_hat.shape, 5)
+    z_tilde, x_hat = training.decode_once(ldm, z_hat, t, captions, noise)
+    torch.testing.assert_close(z_tilde[:1], ldm.predict(ldm.add_noise(z_hat, t, noise), t, ldm.text(captions))[0][:1])
+    assert torch.equal(z_tilde[1], z_hat[1]), "at t0 = 0 the UNet is left out"
+    torch.testing.assert_close(x_hat, ldm.decode(z_tilde))
+    # the codec's last step ends a little short of "no noise left"
+    torch.testing.assert_close(z_tilde[0], next(ldm.enhance(z_hat, captions, 60, 1, 5))[0], atol=0.15, rtol=0)
     config = replace(TINY, t0_table=[[0.0, 100], [1.0, 0]])
-    assert start_times(config, torch.tensor([0.0, 0.5, 1.0])).tolist() == [100, 50, 0]
+    assert training.start_times(config, torch.tensor([0.0, 0.5, 1.0])).tolist() == [100, 50, 0]
 
 
 def test_the_diffusion_term_is_the_error_in_v(world: SimpleNamespace) -> None:
     torch.manual_seed(0)
-    ldm, t = world.ldm, torch.tensor([5, 60, 300])
-    z_hat = torch.from_numpy(world.z[:3]).clone().requires_grad_()
+    ldm, t, z_hat = world.ldm, torch.tensor([5, 60, 300]), world.z[:3].clone().requires_grad_()
     noise, text = torch.randn_like(z_hat), ldm.text(["a red fox"] * 3)
     z_tilde, found = ldm.predict(ldm.add_noise(z_hat, t, noise), t, text)
     abar = ldm.alpha_bar(t)
     v, v_found = (abar.sqrt() * e - (1 - abar).sqrt() * z for z, e in ((z_hat, noise), (z_tilde, found)))
-    term = diffusion_loss(ldm, z_hat, z_tilde, t)
-    assert torch.allclose(term, (v - v_found).square().mean((1, 2, 3)), rtol=1e-3)
-    snr = (abar / (1 - abar)).flatten()
-    eps_error = (noise - found).square().mean((1, 2, 3))
-    assert torch.allclose(eps_error, snr / (1 + snr) * term, rtol=1e-3), "and that in eps, but for a factor"
+    term = training.diffusion_loss(ldm, z_hat, z_tilde, t)
+    torch.testing.assert_close(term, (v - v_found).square().mean((1, 2, 3)), rtol=1e-3, atol=0)
     (gradient,) = torch.autograd.grad(term.sum(), z_hat)
     pull = 2 * (z_hat - z_tilde) / (1 - abar) / z_hat[0].numel()
-    assert torch.allclose(gradient, pull, atol=1e-6), "towards z_tilde, and nothing through the UNet"
+    torch.testing.assert_close(gradient, pull.detach(), atol=1e-6, rtol=1e-5)  # to z_tilde; nothing through the UNet
 
 
-def test_feature_matching_asks_for_no_label(world: SimpleNamespace) -> None:
-    x = world.pool.batch(np.arange(3))
-    labels = torch.tensor([0, 1, 2])
-    same = task_loss(world.machine, x, labels, x)
-    other = task_loss(world.machine, x.flip(0), labels, x)
-    assert same.shape == (3,) and same.max() < 1e-6 < other[0]
-    assert torch.equal(other, task_loss(world.machine, x.flip(0), labels.flip(0), x))
-    features = spatial_features(world.machine, x)
-    assert features.ndim == 4 and not world.machine.cam_layer._forward_hooks
+def test_the_task_is_what_the_machine_misses(world: SimpleNamespace, exactly: None) -> None:
+    machine, labels = world.machine, torch.tensor([0, 1, 2])
+    x = torch.from_numpy(world.images[:3]).float() / 255
+    expected = F.cross_entropy(machine.net((x - machine.mean) / machine.std), labels, reduction="none")
+    torch.testing.assert_close(training.task_loss(machine, x, labels), expected)
+    assert training.task_loss(machine, x, labels, x).abs().max() == 0
+    seen: list[Tensor] = []
+    handle = machine.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    machine(x), machine(x.flip(0)), handle.remove()
+    wanted, found = seen
+    other = training.task_loss(machine, x.flip(0), labels, x)
+    torch.testing.assert_close(other, (found - wanted).square().sum((1, 2, 3)) / wanted.square().sum((1, 2, 3)))
+    assert torch.equal(other, training.task_loss(machine, x.flip(0), labels.flip(0), x)), "no label is used"
+    assert wanted.ndim == 4 and not machine.cam_layer._forward_hooks
 
 
-def test_views_are_of_both_pictures_alike() -> None:
-    x = torch.rand(6, 3, 24, 24, requires_grad=True)
-    assert random_view(0, x) == (x, None)
+def test_views_are_moved_scaled_and_mirrored() -> None:
+    """On a picture of its own coordinates a view tells what was done to it."""
+    centres = (torch.arange(24) + 0.5) / 12 - 1
+    x = torch.stack([*torch.meshgrid(centres, centres, indexing="xy"), torch.ones(24, 24)]).expand(64, -1, -1, -1)
+    assert training.random_view(0, x, None) == (x, None)
     torch.manual_seed(0)
-    one, other = random_view(0.1, x, x.detach())
-    assert torch.equal(one, other) and one.shape == x.shape
-    assert (one - x).abs().amax((1, 2, 3)).min() > 0.1, "each is another view"
-    assert one.min() >= 0 and one.max() <= 1
-    flat = random_view(0.1, torch.full((2, 3, 8, 8), 0.3))[0]
-    assert torch.allclose(flat, torch.full_like(flat, 0.3)), "nothing comes in from outside"
-    (gradient,) = torch.autograd.grad(one.sum(), x)
-    assert gradient.abs().sum() > 0
-
-
-def test_stage2_checks_what_it_is_given(world: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="features"):
-        Stage2Config(task="segmentation")
-    with pytest.raises(ValueError, match="belong together"):
-        options = {"progress": False, "device": "cpu"}
-        short, start = world.z[:4], LatentCompressor(TINY)
-        train_stage2(TWO, short, world.pool, world.ldm, world.machine, tmp_path, start, **options)
-    train_two(replace(TWO, steps=1), world, tmp_path)
-    with pytest.raises(ValueError, match=r"stage2\.b"):
-        train_two(replace(TWO, steps=1, b=1.0), world, tmp_path)
-    with pytest.raises(ValueError, match=r"stage1\.steps"):
-        train(CONFIG, tmp_path)  # another stage's checkpoint
-
-
-def test_pictures_are_made_as_the_codec_makes_them(world: SimpleNamespace) -> None:
-    torch.manual_seed(0)
-    model, machines = LatentCompressor(TINY).eval(), {"a": world.machine}
-    rows = evaluate_pictures(model, world.ldm, machines, world.z, world.pool, (0.0, 1.0), scenes=5, batch=2)
-    assert [row["quality"] for row in rows] == [0, 1] and 0 < rows[0]["bpp"] < rows[1]["bpp"]
-    with torch.no_grad():
-        z_hat = model(torch.from_numpy(world.z[:5]), 1.0)["z_hat"]
-        z = world.ldm.enhance(z_hat, world.pool.nouns[:5], TINY.t0(1.0), TINY.steps, list(range(5)))
-        hits = world.machine(world.ldm.decode(z)).argmax(1).numpy() == world.pool.labels[:5]
-    assert rows[1]["a"] == pytest.approx(100 * hits.mean())
-
-
-# ---- several processes, and the command line -------------------------------------------------------------
-
-
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    """Each process draws its own batch; gradients are averaged, so that both end with the same weights."""
-    latents, masks = synthetic(16)
-    np.savez(tmp_path / "data.npz", latents=latents, masks=masks)
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import os, sys, numpy as np, torch\n"
-        "from pathlib import Path\n"
-        "from slimlib.compressor import CompressorConfig\n"
-        "from slimlib.training import Stage1Config, train_stage1\n"
-        "folder = Path(sys.argv[1])\n"
-        "data = np.load(folder / 'data.npz')\n"
-        f"tiny = CompressorConfig(**{asdict(TINY)!r})\n"
-        f"config = Stage1Config(**{asdict(replace(CONFIG, steps=3, batch=2))!r})\n"
-        "options = dict(compressor=tiny, progress=False, device='cpu')\n"
-        "model = train_stage1(config, data['latents'], data['masks'], folder / 'out', **options)\n"
-        "total = sum(p.double().abs().sum().item() for p in model.encoder.parameters())\n"
-        "(folder / f\"rank{os.environ['RANK']}\").write_text(repr(total))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    sums = [float((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
-    assert sums[0] == pytest.approx(sums[1], rel=1e-3)  # only the first one was rounded to what is stored
-    train(replace(CONFIG, steps=3, batch=2), tmp_path / "alone")
-    both, _ = load_state(tmp_path / "out/checkpoint.safetensors")
-    alone, _ = load_state(tmp_path / "alone/checkpoint.safetensors")
-    assert both.keys() == alone.keys() and any(not torch.equal(both[k], alone[k]) for k in both)
-
-
-@pytest.fixture
-def models(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The tiny world with a compressor and its card, and a test split of six scenes."""
-    folder = tmp_path / "models"
-    shutil.copytree(tiny_world, folder)
-    LatentCompressor(TINY).save_pretrained(folder / "compressor")
-    CaptionPrior.fit(["a red fox", "a banana"]).save(folder / "compressor" / CAPTION_PRIOR)
-    card = {"training": {"w_bg": 0.3, "lambda_min": 0.02, "lambda_max": 2.0}}
-    (folder / "compressor" / "card.json").write_text(json.dumps(card))
-
-    def few(run: pretrain.Run) -> ScenePool:
-        return ScenePool.load(run.work / "cache", "test", 6, progress=False)
-
-    monkeypatch.setattr(pretrain.Run, "test_pool", few)
-    return folder
-
-
-def test_command_line_trains_both_stages(models: Path, tmp_path: Path) -> None:
-    common = ["--models", str(models), "--start", str(models / "compressor"), "--work", str(tmp_path / "work")]
-    common += ["--device", "cpu", "--pool", "8", "--batch", "2", "--steps", "2", "--test-scenes", "3", "--quiet"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    main(["--stage", "1", "--warm", "--out", str(one), "--w-bg", "0.5", *common])
-    main(["--stage", "2", "--task", "features", "--lora", "1", "--out", str(two), "--max-seconds", "0", *common])
-    assert not two.exists(), "nothing is published before the last step"
-    main(["--stage", "2", "--task", "features", "--lora", "1", "--out", str(two), "--resume", *common])
-    for folder in (one, two):
-        assert LatentCompressor.from_pretrained(folder, device="cpu").config == TINY
-        prior = (folder / CAPTION_PRIOR).read_bytes()
-        assert prior == (models / "compressor" / CAPTION_PRIOR).read_bytes()
-        assert (folder / "README.md").exists()
-    card = json.loads((two / "card.json").read_text())
-    assert card["training"]["command"].startswith("python -m slimlib.training ")
-    assert card["training"]["steps"] == 2 and card["training"]["task"] == "features"
-    assert card["training"]["w_bg"] == 0.3 and card["training"]["lambda_max"] == 2.0, "as its start was trained"
-    assert card["figures"]["test scenes (pictures)"] == 3
-    assert 0 <= card["figures"]["top-1 of machine_b at quality 0.5 [%]"] <= 100
-    assert (two / "unet_lora" / LORA_FILE).exists() and not (one / "unet_lora").exists()
-    assert json.loads((one / "card.json").read_text())["training"]["w_bg"] == 0.5
-
-
-def test_command_line_refuses_what_a_stage_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--task"):
-        main(["--stage", "1", "--out", str(tmp_path / "x"), "--task", "ce", "--work", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    view, other = training.random_view(0.2, x.clone().requires_grad_(), x)
+    assert torch.equal(view, other) and view.requires_grad, "both of a pair alike"
+    middle = other[:, :2, 11:13, 11:13]
+    shift = middle.mean((2, 3)) / 2  # as a share of the side
+    assert 0.15 < shift.abs().max() <= 0.2 and shift.mean(0).abs().max() < 0.05
+    across, down = (middle[:, 0, 0, 1] - middle[:, 0, 0, 0]) * 12, (middle[:, 1, 1, 0] - middle[:, 1, 0, 0]) * 12
+    torch.testing.assert_close(across.abs(), down)
+    assert 0.8 <= down.min() < 0.85 and 1.15 < down.max() <= 1.2 and 20 < (across < 0).sum() < 44
+    torch.testing.assert_close(other[:, 2], x[:, 2])  # nothing comes in from outside

@@ -1,38 +1,28 @@
-"""What the codec's tests need beyond `tiny_world`: a compressor with random weights, and a caption prior."""
+"""What tests need beyond `tiny_world`: a compressor with random weights, a caption prior, pictures."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from slimlib.caption import CaptionPrior
-from slimlib.codec import CAPTION_PRIOR
+from slimlib.caption import CAPTION_PRIOR, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 
 CAPTIONS = ["a red fox", "a banana", "a violin", "a lion", "a tulip", "a bus"]
+TINY = CompressorConfig(stem=16, width=16, depth=1, heads=2, y_channels=8, h_channels=4, net_width=8)
 
 
 def make_world(source: Path, folder: Path, seed: int = 0) -> Path:
     """Copy `tiny_world` and add a compressor."""
     shutil.copytree(source, folder)
-    config = CompressorConfig(
-        stem=16,
-        width=16,
-        depth=1,
-        heads=2,
-        y_channels=8,
-        h_channels=4,
-        net_width=8,
-        gain_min=0.5,
-        gain_max=8.0,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LatentCompressor(config).save_pretrained(folder / "compressor")
+        LatentCompressor(replace(TINY, gain_min=0.5, gain_max=8.0)).save_pretrained(folder / "compressor")
     CaptionPrior.fit(CAPTIONS * 10).save(folder / "compressor" / CAPTION_PRIOR)
     return folder
 

@@ -6,37 +6,33 @@ the finished picture. Whoever asks may stop listening at any of these points; th
 
 from __future__ import annotations
 
-import atexit
 import functools
 import io
-import math
-import threading
-import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-import matplotlib
+import matplotlib.style
 import numpy as np
+import pandas
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 
-from slimlib import plots
-from slimlib.baselines import CODECS, SCALES, PixelCodec, decode_classic, downscale, encode_classic
-from slimlib.codec import Decoded, SlimCodec, StreamReport
-from slimlib.evaluation import CLASSIC_NAMES, PIXEL_FOLDERS, RESULTS, SLIM_FOLDERS, Row, load_rows, open_codec
+from slimlib.codec import SlimCodec, StreamReport
+from slimlib.data.scenes import CLASSES, PocketScenes
+from slimlib.images import as_rgb, to_images, to_tensor
 from slimlib.ldm import LatentDiffusion
-from slimlib.machines import Machine, load_machine, to_images, to_tensor
-from slimlib.pictures import as_rgb
-from slimlib.roi import Box, gradcam, roi_box
+from slimlib.machines import Machine, load_machine
+from slimlib.measure import plots
+from slimlib.measure.baselines import CODECS, SCALES, PixelCodec, decode_classic, downscale, encode_classic
+from slimlib.measure.methods import CLASSIC_NAMES, PIXEL_FOLDERS, SLIM_FOLDERS, open_codec
+from slimlib.roi import Box, gradcam, roi_box, roi_crop
 from slimlib.scales import ASSETS, Scale
-from slimlib.scenes import CLASSES, PocketScenes
 from slimlib.stream import unpack
 
 WEIGHTS = {"stage 2": "SLIM", "stage 1": "SLIM, stage 1", "uniform": "SLIM, uniform weights"}
@@ -46,41 +42,29 @@ RIVALS = ("jpeg", "webp", "avif")
 LONG_SIDE = 256
 """Longest side, in pixels, at which a photograph is explored; the models know scenes of 128 px."""
 MAX_UPLOAD = 100_000_000
-"""Most pixels of a photograph that is opened at all."""
-CURVES_SIZE = 372, 236
-"""Of the picture of the rate-accuracy curves, in pixels of the page."""
-MAX_STEPS = 20
-MAX_SEED = 2**32 - 1
+"""Most pixels of a photograph that is decoded at all."""
+LIMITS = {"scene": np.inf, "quality": 1, "steps": 20, "t0": 999, "seed": 2**32 - 1}
+"""Largest value of each number in `Settings`; the least is 0."""
 
-Guesses = list[tuple[str, float]]
-"""The five likeliest classes with their probabilities."""
+Guesses = dict[str, list[tuple[str, float]]]
+"""What the machines ("A", "B") see: each one's five likeliest classes with their probabilities."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a person can choose; what `SlimCodec.compress` takes, and which scene and weights.
+    """All that a person can choose: what `SlimCodec.compress` takes, which scene, and which weights."""
 
-    Attributes:
-        scene: index in the test split.
-        quality: 0 (smallest file) to 1.
-        steps, t0: of the enhancement; None leaves them to the compressor's config.
-        weights: a key of WEIGHTS.
-        caption: "auto", None for none, or any words.
-        seed: of the decoder's noise.
-    """
-
-    scene: int = 43
-    quality: float = 0.2
-    steps: int | None = None
-    t0: int | None = None
-    weights: str = "stage 1"
-    caption: str | None = "auto"
-    seed: int = 0
+    scene: int = 43  # index in the test split
+    quality: float = 0.2  # 0 (smallest file) to 1
+    steps: int | None = None  # of the enhancement; None leaves them to the compressor's config
+    t0: int | None = None  # where the enhancement starts; None likewise
+    weights: str = "stage 1"  # a key of WEIGHTS
+    caption: str | None = "auto"  # any words; none if it is None or ""
+    seed: int = 0  # of the decoder's noise
 
     def query(self) -> str:
-        """As the query of a link, such as "scene=43&quality=0.2&..."; a caption of "" stands for none."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["caption"] = self.caption or ""
+        """As the query of a link, such as "scene=43&quality=0.2&..."."""
+        values = asdict(self) | {"caption": self.caption or ""}
         return urlencode({name: value for name, value in values.items() if value is not None})
 
     @staticmethod
@@ -90,73 +74,45 @@ class Settings:
         Raises:
             ValueError: an unknown name, or a value that is no number where one belongs or is out of range.
         """
-        limits = {"scene": (0, math.inf), "quality": (0, 1), "t0": (0, 999)}
-        limits |= {"steps": (0, MAX_STEPS), "seed": (0, MAX_SEED)}
-        values: dict[str, Any] = {}
-        for name, text in parse_qsl(query, keep_blank_values=True):
-            if name == "weights":
-                values[name] = text
-            elif name == "caption":
-                values[name] = text or None
-            elif name in limits:
-                try:
-                    values[name] = float(text) if name == "quality" else int(text)
-                except ValueError:
-                    raise ValueError(f"the link says {name}={text!r}, which is no number") from None
-                low, high = limits[name]
-                if not low <= values[name] <= high:
-                    raise ValueError(f"the link says {name}={text}; expected {low} to {high}")
-            else:
-                raise ValueError(f"the link names {name!r}; known are {', '.join(limits)}, weights, caption")
+        values: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+        known = asdict(Settings())
+        if unknown := values.keys() - known.keys():
+            raise ValueError(f"the link names {', '.join(unknown)}; known are {', '.join(known)}")
+        for name in values.keys() & LIMITS.keys():
+            try:
+                number = float(values[name]) if name == "quality" else int(values[name])
+            except ValueError:
+                number = np.nan
+            if not 0 <= number <= LIMITS[name]:
+                raise ValueError(f"the link says {name}={values[name]}; expected a number from 0 to {LIMITS[name]}")
+            values[name] = number
         return values
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A picture to explore, and what is known about it before any bit is spent.
+    """A picture to explore, and what is known about it before any bit is spent."""
 
-    Attributes:
-        name: of the scene, or of the photograph's file.
-        image: RGB.
-        box: what the captioner sees: the box of machine A's Grad-CAM map.
-        matte: (H, W) in [0, 1] where the object's exact outline is known, else None.
-        truth: the right class if it is known, else None.
-        caption: the captioner's words.
-        guesses: what the machines ("A", "B") see in the picture itself.
-        note: what was done to a photograph on its way in.
-    """
-
-    name: str
-    image: Image.Image
-    box: Box
-    matte: np.ndarray | None
-    truth: str | None
-    caption: str
-    guesses: dict[str, Guesses]
-    note: str = ""
+    name: str  # of the scene, or of the photograph's file
+    image: Image.Image  # RGB
+    marked: Image.Image  # with what `roi_picture` draws into it
+    truth: str | None  # the right class of a scene; None for a photograph
+    caption: str  # the captioner's words
+    guesses: Guesses  # what the machines see in the picture itself
+    note: str = ""  # what was done to a photograph on its way in
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One stage of an answer.
+    """One stage of an answer; the last one if it is `done`."""
 
-    Attributes:
-        source, settings: what was compressed, and how; None for a stream that was opened: it holds no original.
-        weights: a key of WEIGHTS.
-        stream, report: the file and what `SlimCodec.inspect` says about it.
-        pictures: "original", "bits", "before", "after", "error", as far as they are there.
-        guesses: of the machines, by picture ("before", "after").
-        step: denoising steps done; `report.steps` of them and "after" in `pictures`: all is there.
-    """
-
-    source: Source | None
-    settings: Settings | None
-    weights: str
-    stream: bytes
-    report: StreamReport
-    pictures: dict[str, Image.Image]
-    guesses: dict[str, dict[str, Guesses]]
-    step: int = 0
+    source: Source | None  # None for a stream that was opened: it holds no original
+    settings: Settings  # of a stream that was opened: only the weights count
+    stream: bytes  # the file
+    report: StreamReport  # what `SlimCodec.inspect` says about it
+    pictures: dict[str, Image.Image]  # "original", "bits", "before", "after", "error", as far as they are there
+    guesses: dict[str, Guesses]  # by picture: "before", "after"
+    step: int = 0  # denoising steps done
 
     @property
     def done(self) -> bool:
@@ -165,48 +121,34 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Budgeted:
-    """What one codec makes of a number of bytes.
+    """What one codec makes of a number of bytes."""
 
-    Attributes:
-        name: the method's, as in the evaluation.
-        size: bytes of its best file within the budget; of its smallest one where none fits.
-        fits: whether one does.
-        image, guesses: what is decoded, and what the machines see in it.
-    """
-
-    name: str
-    size: int
-    fits: bool
-    image: Image.Image
-    guesses: dict[str, Guesses]
+    name: str  # the method's, as in the evaluation
+    size: int  # bytes of its best file within the budget; of its smallest one where none fits
+    fits: bool  # whether one does
+    image: Image.Image  # what is decoded
+    guesses: Guesses  # what the machines see in it
 
 
 class Explorer:
-    """Models and pictures behind the page. One thread at a time may ask for answers; `rivals` may run beside."""
+    """Models and pictures behind the page. One thread at a time may ask for answers."""
 
     def __init__(self, folder: str | Path = ASSETS / "pocket") -> None:
-        """Load what every answer needs; the other weights follow when they are chosen.
-
-        Args:
-            folder: laid out like assets/pocket.
+        """Load what every answer needs from a folder like assets/pocket; other weights follow when they are chosen.
 
         Raises:
             ValueError, FileNotFoundError: the folder holds no models.
         """
         self.folder = Path(folder)
-        scale = Scale.from_name(self.folder)
-        self.weights = [name for name in WEIGHTS if (self._home(name) / "config.json").is_file()]
-        """Those of WEIGHTS that are there."""
         self._codecs: dict[str, SlimCodec] = {}
         self._sources: dict[int, Source] = {}
-        self.scenes = PocketScenes("test", scale.size)
-        first = self.codec(self.weights[0])
+        self.weights = [name for name, method in WEIGHTS.items() if (self.folder / SLIM_FOLDERS[method]).is_dir()]
+        """Those of WEIGHTS that are there."""
+        pixels = {name: self.folder / sub for name, sub in PIXEL_FOLDERS.items() if (self.folder / sub).is_dir()}
+        self.pixel_codecs = {name: PixelCodec.from_pretrained(home, "cpu") for name, home in pixels.items()}
+        scale, first = Scale.from_name(self.folder), self.codec(self.weights[0])
         self.machines: dict[str, Machine] = {"A": first.machine, "B": load_machine(scale.machine_b, first.ldm.device)}
-        self.pixel_codecs = {
-            name: PixelCodec.from_pretrained(self.folder / sub, "cpu")
-            for name, sub in PIXEL_FOLDERS.items()
-            if (self.folder / sub / "config.json").is_file()
-        }
+        self.scenes = PocketScenes("test", scale.size)
 
     # ---- what can be looked at
 
@@ -220,20 +162,21 @@ class Explorer:
 
     def photo(self, data: bytes, name: str) -> Source:
         """A photograph from the bytes of its file. Raises ValueError, in words to show, if it is none."""
-        image, note = _open_photo(io.BytesIO(data), name)
-        return replace(self._source(name, image), note=note)
+        image = open_photo(data, name)
+        width, height = Image.open(io.BytesIO(data)).size
+        scaled = f", explored at {image.width} x {image.height}" if max(width, height) > LONG_SIDE else ""
+        return replace(self._source(name, image), note=f"{width} x {height} pixels{scaled}")
 
     def codec(self, weights: str) -> SlimCodec:
         """The codec of some weights, exact, as `SlimCodec.from_pretrained` would make it; all share one LDM."""
         if weights not in self._codecs:
             like = next(iter(self._codecs.values()), None)
-            codec = open_codec(self.folder, WEIGHTS[weights], like)
+            codec = self._codecs[weights] = open_codec(self.folder, WEIGHTS[weights], like)
             codec.exact = True
             if like is None or codec.ldm is not like.ldm:
-                _remember_latents(codec.ldm)
+                _remember_latent(codec.ldm)
                 for part in (codec.ldm.vae.decoder, codec.ldm.unet):  # faster; the encoder stays exact
                     part.to(memory_format=torch.channels_last)
-            self._codecs[weights] = codec
         return self._codecs[weights]
 
     # ---- answers
@@ -248,15 +191,12 @@ class Explorer:
     def look(self, settings: Settings, photo: Source | None = None) -> Iterator[View]:
         """Compress and decode, in stages: bytes and the picture before the UNet, each step, the finished picture.
 
-        Args:
-            settings: what is chosen.
-            photo: explored in place of the scene, if given.
+        A photo is explored in place of the scene.
 
         Raises:
             ValueError: the codec refuses a setting, such as a caption that is too long.
         """
-        source = photo or self.scene(settings.scene)
-        yield from self._decode(self.compress(settings, photo), settings.weights, source, settings)
+        yield from self._decode(self.compress(settings, photo), settings, photo or self.scene(settings.scene))
 
     def open_stream(self, stream: bytes) -> Iterator[View]:
         """The same stages for a .slim file from elsewhere, of any weights that are here.
@@ -266,128 +206,115 @@ class Explorer:
         """
         wanted = unpack(stream)[0].fingerprint
         weights = next((w for w in self.weights if self.codec(w).fingerprint == wanted), self.weights[0])
-        yield from self._decode(stream, weights)
+        yield from self._decode(stream, Settings(weights=weights))
 
-    def rivals(self, source: Source, size: int) -> Iterator[Budgeted]:
-        """What each of RIVALS makes of at most `size` bytes."""
-        for codec in RIVALS:
-            yield self._budgeted(CLASSIC_NAMES[codec], *_classic_within(source, codec, size), size)
+    def rivals(self, source: Source, size: int, codecs: Sequence[str] = RIVALS) -> Iterator[Budgeted]:
+        """What each of some classic codecs makes of at most `size` bytes, by the picture's size and the quality."""
+        for codec in codecs:
+            yield self._budgeted(CLASSIC_NAMES[codec], size, *_classic_within(source, codec, size))
 
     def budget(self, settings: Settings, size: int, photo: Source | None = None) -> Iterator[Budgeted]:
-        """What every codec makes of at most `size` bytes: SLIM by its quality, the classic ones by size and quality."""
+        """What every codec makes of at most `size` bytes, the learned ones by their quality."""
         source = photo or self.scene(settings.scene)
 
-        def slim(step: int) -> bytes:
-            return self.compress(replace(settings, quality=step / 255), photo)
+        def learned(name: str, codec: SlimCodec | PixelCodec, encode: Callable[[float], bytes]) -> Budgeted:
+            data = largest_within(lambda step: encode(step / 255), 255, size)
+            return self._budgeted(name, size, data, codec.decompress(data))
 
-        data = largest_within(slim, 255, size)
-        view = list(self._decode(data, settings.weights, source))[-1]
-        name = WEIGHTS[settings.weights]
-        yield Budgeted(name, len(data), len(data) <= size, view.pictures["after"], view.guesses["after"])
-        for name, pixel in self.pixel_codecs.items():
-            data = largest_within(functools.partial(_in_bytes, pixel, source.image), 255, size)
-            yield self._budgeted(name, data, pixel.decompress(data), size)
-        for codec in CODECS:
-            yield self._budgeted(CLASSIC_NAMES[codec], *_classic_within(source, codec, size), size)
+        slim = self.codec(settings.weights)
+        yield learned(WEIGHTS[settings.weights], slim, lambda q: self.compress(replace(settings, quality=q), photo))
+        for name, codec in self.pixel_codecs.items():
+            yield learned(name, codec, functools.partial(codec.compress, source.image))
+        yield from self.rivals(source, size, CODECS)
 
-    def guess(self, image: Image.Image) -> dict[str, Guesses]:
+    def guess(self, image: Image.Image) -> Guesses:
         """What both machines see."""
         return {name: machine.top5(image) for name, machine in self.machines.items()}
 
     def code(self, settings: Settings, photo: Source | None = None) -> str:
         """Lines of Python that make the very same file, without the explorer."""
-        lines = ["from slimlib import SlimCodec", "from slimlib.scales import ASSETS, Scale"]
-        standard = self.folder == ASSETS / "pocket"
-        scale = 'Scale.from_name("pocket")' if standard else f"Scale.from_name({str(self.folder)!r})"
+        scale = "pocket" if self.folder == ASSETS / "pocket" else str(self.folder)
         home = SLIM_FOLDERS[WEIGHTS[settings.weights]]
-        path = f'str(ASSETS / "pocket/{home}")' if standard else repr(str(self.folder / home))
-        if photo is None:
-            lines += ["from slimlib.scenes import PocketScenes"]
-            image = f'PocketScenes("test", {self.scenes.size})[{settings.scene}].image'
-        else:
-            lines += ["from slimlib.explorer import open_photo"]
-            image = f"open_photo({photo.name!r})"
-        chosen = {"quality": settings.quality, "caption": settings.caption, "steps": settings.steps}
-        chosen |= {"seed": settings.seed, "t0": settings.t0}
-        arguments = ", ".join([image, *(f"{name}={value!r}" for name, value in chosen.items())])
-        lines += [f"codec = SlimCodec.from_pretrained({scale}.with_(compressor={path}))"]
-        return "\n".join([*lines, f"stream = codec.compress({arguments})"])
+        where, image = "slimlib.data.scenes", f'PocketScenes("test", {self.scenes.size})[{settings.scene}].image'
+        if photo:
+            where, image = "slimlib.explorer.engine", f"open_photo(Path({photo.name!r}).read_bytes())"
+        chosen = {name: value for name, value in asdict(settings).items() if name not in ("scene", "weights")}
+        return f"""from dataclasses import replace
+from pathlib import Path
+from slimlib import SlimCodec
+from {where} import {image.split("(")[0]}
+from slimlib.scales import Scale
+scale = Scale.from_name({scale!r})
+scale = replace(scale, compressor=str(Path(scale.compressor).with_name({home!r})))
+codec = SlimCodec.from_pretrained(scale)
+stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value in chosen.items())})"""
 
     # ---- helpers
-
-    def _home(self, weights: str) -> Path:
-        return self.folder / SLIM_FOLDERS[WEIGHTS[weights]]
 
     def _source(
         self, name: str, image: Image.Image, matte: np.ndarray | None = None, truth: str | None = None
     ) -> Source:
         codec = self.codec(self.weights[0])
-        words = codec.inspect(codec.compress(image, 0.0, "auto")).caption or ""
-        box = roi_box(gradcam(codec.machine, to_tensor(image).to(codec.ldm.device)))
-        return Source(name, image, box, matte, truth, words, self.guess(image))
+        cam = gradcam(codec.machine, to_tensor(image).to(codec.ldm.device))[0]
+        words = codec.captioner.caption([roi_crop(image, cam)])[0]
+        return Source(name, image, roi_picture(image, roi_box(cam), matte), truth, words, self.guess(image))
 
     @torch.inference_mode()
-    def _decode(
-        self, stream: bytes, weights: str, source: Source | None = None, settings: Settings | None = None
-    ) -> Iterator[View]:
-        codec = self.codec(weights)
-        item = codec.read([stream])[0]
-        before = self._picture(codec, item.z_hat, item.report)
-        cell = codec.ldm.factor * 2**codec.compressor.config.stages
-        seen = source.image if source else before
-        pictures = {"bits": bits_picture(seen, item.report.bit_map, cell), "before": before}
-        if source:
-            pictures["original"] = roi_picture(source)
-        view = View(source, settings, weights, stream, item.report, pictures, {"before": self.guess(before)})
+    def _decode(self, stream: bytes, settings: Settings, source: Source | None = None) -> Iterator[View]:
+        codec = self.codec(settings.weights)
+        item = codec.read(stream)
+        report, config = item.report, codec.compressor.config
+
+        def picture(z: Tensor) -> Image.Image:
+            return to_images(codec.ldm.decode(z).float())[0].crop((0, 0, report.width, report.height))
+
+        z, step, before = item.z_hat, 0, picture(item.z_hat)
+        bits = bits_picture(source.image if source else before, report.bit_map, codec.ldm.factor * 2**config.stages)
+        pictures = {"bits": bits, "before": before} | ({"original": source.marked} if source else {})
+        guesses = {"before": self.guess(before)}
+        view = View(source, settings, stream, report, pictures, guesses)
         yield view
-        z = item.z_hat
-        for step, latent in enumerate(walk(codec, item), 1):
-            z = latent
+        words, start = [report.caption or ""], (report.t0, report.steps, report.seed)
+        walk = codec.ldm.enhance(item.z_hat, words, *start, config.guidance, batched=True)
+        for step, z in enumerate(walk, 1):  # noqa: B007 (the last one is looked at)
             yield replace(view, step=step)
-        repaired = z is not item.z_hat
-        after = self._picture(codec, z, item.report) if repaired else before
-        pictures = pictures | {"after": after}
-        if source:
-            pictures["error"] = error_picture(source.image, after)
-        guesses = view.guesses | {"after": self.guess(after) if repaired else view.guesses["before"]}
-        yield replace(view, pictures=pictures, guesses=guesses, step=item.report.steps)
+        after = picture(z) if step else before
+        pictures = pictures | {"after": after} | ({"error": error_picture(source.image, after)} if source else {})
+        guesses = guesses | {"after": self.guess(after) if step else guesses["before"]}
+        yield replace(view, pictures=pictures, guesses=guesses, step=step)
 
-    def _picture(self, codec: SlimCodec, z: Tensor, report: StreamReport) -> Image.Image:
-        return to_images(codec.ldm.decode(z).float())[0].crop((0, 0, report.width, report.height))
-
-    def _budgeted(self, name: str, data: bytes, image: Image.Image, size: int) -> Budgeted:
-        return Budgeted(name, len(data), len(data) <= size, image, self.guess(image))
+    def _budgeted(self, name: str, budget: int, data: bytes, image: Image.Image) -> Budgeted:
+        return Budgeted(name, len(data), len(data) <= budget, image, self.guess(image))
 
 
-def _remember_latents(ldm: LatentDiffusion) -> None:
-    """Let a VAE's encoder keep its last results: under a slider the picture stays the same."""
-    encode = ldm.encode
+def _remember_latent(ldm: LatentDiffusion) -> None:
+    """Let a VAE's encoder keep its last result: under a slider the picture stays the same."""
+    encode, last = ldm.encode, (torch.empty(0), torch.empty(0))
 
-    @functools.lru_cache(maxsize=8)
-    def encode_pixels(shape: tuple[int, ...], pixels: bytes) -> Tensor:
-        return encode(torch.frombuffer(bytearray(pixels), dtype=torch.float32).view(shape))
+    def encode_new(x: Tensor) -> Tensor:
+        nonlocal last
+        if not torch.equal(x, last[0]):
+            last = x, encode(x)
+        return last[1]
 
-    ldm.encode = lambda x: encode_pixels(tuple(x.shape), x.numpy().tobytes())  # type: ignore[method-assign]
+    ldm.encode = encode_new  # type: ignore[method-assign]
 
 
-def walk(codec: SlimCodec, item: Decoded) -> Iterator[Tensor]:
-    """`LatentDiffusion.enhance`, one denoising step at a time: yields the latent after each.
+def open_photo(data: bytes, name: str = "the file") -> Image.Image:
+    """A photograph as the explorer takes it: upright RGB, scaled down to at most LONG_SIDE pixels along its sides.
 
-    With guidance the UNet sees the latent twice, with the caption and without: here as one batch of two, which is
-    a quarter cheaper than twice one.
+    Raises:
+        ValueError: the file's bytes are no picture, a damaged one, or one of more than MAX_UPLOAD pixels.
     """
-    ldm, report, guidance = codec.ldm, item.report, codec.compressor.config.guidance
-    times = ldm.times(report.t0, report.steps)
-    if not times or report.t0 == 0:
-        return
-    words = [report.caption or ""] + ([""] if guidance != 1 else [])
-    text = ldm.text(words)
-    z = item.z_hat.to(ldm.device, ldm.dtype)
-    z = ldm.add_noise(z, report.t0, ldm.noise(z.shape, report.seed))
-    for t, t_next in pairwise(times):
-        z0, eps = (x[-1:] + guidance * (x[:1] - x[-1:]) for x in ldm.predict(z.repeat(len(words), 1, 1, 1), t, text))
-        z = ldm.add_noise(z0, t_next, eps)
-        yield z
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.draft(None, (LONG_SIDE, LONG_SIDE))  # a large JPEG is decoded at a fraction of its size
+        image = as_rgb(image, MAX_UPLOAD)
+    except Exception as error:  # a damaged header may raise anything in Pillow's plugins
+        why = "it is not a picture" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name} cannot be opened: {why}") from error
+    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def largest_within(encode: Callable[[int], bytes], top: int, size: int) -> bytes:
@@ -395,95 +322,44 @@ def largest_within(encode: Callable[[int], bytes], top: int, size: int) -> bytes
 
     Bisection: it takes for granted that files grow with the setting.
     """
-    best, low, high = encode(0), 1, top
-    while low <= high and len(best) <= size:
-        middle = (low + high) // 2
-        data = encode(middle)
-        if len(data) <= size:
-            best, low = data, middle + 1
-        else:
-            high = middle - 1
-    return best
-
-
-def open_photo(file: str | Path) -> Image.Image:
-    """A photograph as the explorer takes it: upright RGB, scaled down to at most LONG_SIDE pixels along its sides.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no picture, a damaged one, or more than MAX_UPLOAD pixels.
-    """
-    with open(file, "rb") as stream:
-        return _open_photo(stream, Path(file).name)[0]
-
-
-def _open_photo(file: Any, name: str) -> tuple[Image.Image, str]:
-    """The picture, and in words what was done to it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_UPLOAD is stricter than the error
-            image: Image.Image = Image.open(file)
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name} has more pixels than can be opened; {MAX_UPLOAD // 10**6} million are") from None
-    except Exception:  # a damaged header may raise anything in Pillow's plugins
-        raise ValueError(f"{name} is not a picture that can be opened here, or it is damaged.") from None
-    width, height = image.size
-    if width * height > MAX_UPLOAD:
-        millions = f"{width * height / 1e6:.0f} million pixels; {MAX_UPLOAD // 10**6} million are the most"
-        raise ValueError(f"{name} has {millions}: make it smaller first.")
-    side = (LONG_SIDE, LONG_SIDE)
-    try:
-        if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
-            image.thumbnail(side, Image.Resampling.LANCZOS)  # a large JPEG is decoded at a fraction of its size
-        image = as_rgb(image, MAX_UPLOAD)
-        image.thumbnail(side, Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    scaled = max(width, height) > LONG_SIDE
-    note = f"{width} x {height} pixels" + (f", explored at {image.width} x {image.height}" if scaled else "")
-    return image, note
-
-
-def _in_bytes(codec: PixelCodec, image: Image.Image, step: int) -> bytes:
-    """A file at a quality in steps of 1/255."""
-    return codec.compress(image, step / 255)
+    encode = functools.cache(encode)
+    return encode(bisect_right(range(1, top + 1), size, key=lambda setting: len(encode(setting))))
 
 
 @functools.lru_cache(maxsize=256)
 def _classic_within(source: Source, codec: str, size: int) -> tuple[bytes, Image.Image]:
     """Of all sizes that a classic codec may shrink the picture to, the file within the budget with the least error."""
+
+    def cost(file: tuple[bytes, Image.Image]) -> tuple[int, float]:
+        error = np.asarray(file[1], np.float64) - np.asarray(source.image, np.float64)
+        return max(0, len(file[0]) - size), float((error**2).mean())
+
     files = []
     for scale in SCALES:
-        small = downscale(source.image, scale)
-        data = largest_within(functools.partial(encode_classic, small, codec), 100, size)
+        encode = functools.partial(encode_classic, downscale(source.image, scale), codec)
+        data = largest_within(encode, 100, size)
         files.append((data, decode_classic(data, source.image.size)))
-    fitting = [file for file in files if len(file[0]) <= size]
-    if not fitting:
-        return min(files, key=lambda file: len(file[0]))
-    original = np.asarray(source.image, np.float64)
-    return min(fitting, key=lambda file: float(((np.asarray(file[1], np.float64) - original) ** 2).mean()))
+    return min(files, key=cost)
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
 
 
-@functools.lru_cache(maxsize=8)
-def roi_picture(source: Source) -> Image.Image:
-    """The original, twice as large, with the object's outline (white in black) and the captioner's box (orange)."""
-    width, height = source.image.size
-    large = source.image.resize((2 * width, 2 * height), Image.Resampling.BICUBIC)
-    if source.matte is not None:
-        mask = Image.fromarray((source.matte > 0.5).astype(np.uint8) * 255).resize(
-            large.size, Image.Resampling.BILINEAR
-        )
+def roi_picture(image: Image.Image, box: Box, matte: np.ndarray | None = None) -> Image.Image:
+    """A picture, twice as large, with the box that the captioner sees (orange) and the object's outline.
+
+    Args:
+        image: RGB.
+        box: in pixels of the picture.
+        matte: (H, W) in [0, 1] where the outline is known: it is drawn white in black.
+    """
+    large = image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
+    if matte is not None:
+        mask = Image.fromarray((matte > 0.5).astype(np.uint8) * 255).resize(large.size, Image.Resampling.BILINEAR)
         mask = mask.point(lambda level: 255 * (level > 127))
-        outer, wide = mask.filter(ImageFilter.MaxFilter(3)), mask.filter(ImageFilter.MaxFilter(7))
-        large.paste("black", (0, 0), wide)
-        large.paste("white", (0, 0), outer)
-        inside = source.image.resize(large.size, Image.Resampling.BICUBIC)
-        large.paste(inside, (0, 0), mask)
-        large.paste(inside, (0, 0), wide.point(lambda level: 255 - level))
-    left, top, right, bottom = (2 * side for side in source.box)
+        for colour, width in (("black", 7), ("white", 3)):
+            large.paste(colour, mask=ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(width)), mask))
+    left, top, right, bottom = (2 * side for side in box)
     ImageDraw.Draw(large).rectangle((left, top, right - 1, bottom - 1), outline="#e69f00", width=3)
     return large
 
@@ -496,12 +372,10 @@ def bits_picture(image: Image.Image, bit_map: np.ndarray, cell: int) -> Image.Im
         bit_map: bits of each cell, (rows, columns).
         cell: pixels along a cell's side; cells may reach over the picture's right and lower edge.
     """
-    grey = np.asarray(image.convert("L"), np.float64)[..., None] / 255
     share = bit_map / max(float(bit_map.max()), 1e-9)
     heat = Image.fromarray((255 * matplotlib.colormaps["inferno"](share)[..., :3]).astype(np.uint8))
-    rows, columns = bit_map.shape
-    heat = heat.resize((columns * cell, rows * cell), Image.Resampling.NEAREST).crop((0, 0, *image.size))
-    return Image.fromarray((255 * (0.45 * grey + 0.55 * np.asarray(heat) / 255)).astype(np.uint8))
+    heat = heat.resize((heat.width * cell, heat.height * cell), Image.Resampling.NEAREST).crop((0, 0, *image.size))
+    return Image.blend(image.convert("L").convert("RGB"), heat, 0.55)
 
 
 def error_picture(original: Image.Image, decoded: Image.Image, full: float = 0.25) -> Image.Image:
@@ -511,45 +385,26 @@ def error_picture(original: Image.Image, decoded: Image.Image, full: float = 0.2
 
 
 class Curves:
-    """The rate-accuracy curves of notebook 07 as one picture, and where on it a file lies."""
+    """The rate-accuracy curves of notebook 07 for machine B as one picture, and where on it a file lies."""
 
     SHOWN = (*WEIGHTS.values(), "hyperprior", "JPEG", "WebP", "AVIF")
+    SIZE = 3.72, 2.36  # in hundreds of pixels; it is drawn twice as fine
+    STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7}
 
-    def __init__(self, rows: Sequence[Row], size: tuple[int, int] = CURVES_SIZE) -> None:
-        """Draw all curves of SHOWN that are among the rows, for machine B.
-
-        Args:
-            rows: from `evaluation.load_rows`.
-            size: of the picture on the page, in pixels; it is drawn twice as fine.
-        """
-        by_method = {name: [r for r in rows if r.method == name and not r.variant] for name in self.SHOWN}
-        self._points = {
-            name: (np.log([r.bpp for r in of]), [r.top1_b for r in of])
-            for name, rows_of in by_method.items()
-            if len(of := sorted(rows_of, key=lambda r: r.bpp)) > 1
-        }
-        if not self._points:
-            raise ValueError("the table holds no curve to show")
-        import matplotlib.style
-
-        with matplotlib.style.context(ASSETS / "slim.mplstyle"), matplotlib.rc_context({"font.size": 8}):
-            figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=200)
-            FigureCanvasAgg(figure)
-            ax = figure.add_subplot()
-            for name, (log_bpp, accuracy) in self._points.items():
-                plots.rate_curve(ax, np.exp(log_bpp).tolist(), [value / 100 for value in accuracy], name)
-            plots.log_rate(ax)
-            ax.set_ylabel("Top-1 of machine B [%]")
-            ax.set_title("")
-            ax.set_ylim(0, 100)
-            for axis in (ax.xaxis, ax.yaxis):
-                axis.label.set_fontsize(8)
-            ax.tick_params(labelsize=8)
-            ax.legend(fontsize=7, loc="upper left", labelspacing=0.25, handlelength=1.6, borderaxespad=0.2)
-            file = io.BytesIO()
+    def __init__(self, table: pandas.DataFrame) -> None:
+        """Draw all curves of SHOWN that are in a table such as assets/results/evaluation.csv."""
+        plain = table[table.variant.fillna("") == ""].sort_values("bpp")
+        curves = {name: plain[plain.method == name] for name in self.SHOWN}
+        self._curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+        with matplotlib.style.context([ASSETS / "slim.mplstyle", self.STYLE]):
+            figure, file = Figure(self.SIZE, dpi=200), io.BytesIO()
+            self._axes, self._size = figure.add_subplot(), figure.bbox.size
+            for name, curve in self._curves.items():
+                plots.rate_curve(self._axes, curve.bpp.tolist(), (curve.top1_b / 100).tolist(), name)
+            plots.log_rate(self._axes).set(ylabel="Top-1 of machine B [%]", title="", ylim=(0, 100))
+            self._axes.legend(loc="upper left", labelspacing=0.25, handlelength=1.6, borderaxespad=0.2)
             figure.savefig(file, dpi=200)
         self.png = file.getvalue()
-        self._axes = ax
 
     def place(self, method: str, bpp: float) -> tuple[float, float, float] | None:
         """Where a file of a method lies: (share of the width from the left, of the height from the top, accuracy).
@@ -557,77 +412,10 @@ class Curves:
         The height is the curve's at this rate: one scene has no accuracy. Beyond the curve's ends, its ends. None
         if the method has no curve.
         """
-        if method not in self._points:
+        if method not in self._curves:
             return None
-        accuracy = float(np.interp(math.log(bpp), *self._points[method]))
-        low, high = self._axes.get_xlim()
-        point = self._axes.transData.transform((min(max(bpp, low), high), accuracy))
-        across, up = self._axes.figure.transFigure.inverted().transform(point)
+        curve = self._curves[method]
+        accuracy = float(np.interp(np.log(bpp), np.log(curve.bpp), curve.top1_b))
+        point = self._axes.transData.transform((np.clip(bpp, *self._axes.get_xlim()), accuracy))
+        across, up = point / self._size
         return float(across), float(1 - up), accuracy
-
-
-def shipped_curves() -> Curves | None:
-    """The curves of assets/results, or None where there are none yet."""
-    path = RESULTS / "evaluation.csv"
-    return Curves(load_rows(path)) if path.is_file() else None
-
-
-# ------------------------------------------------------------------------------------------- the newest job only
-
-
-class Newest:
-    """Runs jobs in one thread of its own, always the newest; an older one is dropped at its next result.
-
-    A job is a function that returns an iterator. Its first result is delivered even if a newer job waits (something
-    moves while a slider is dragged), the others only as long as it is the newest. Results arrive in the order of the
-    jobs, so an old one never replaces a new one.
-    """
-
-    def __init__(self, deliver: Callable[[int, Any], None]) -> None:
-        """Args: `deliver` gets a job's number and a result, or the exception that ended it, in the worker's thread."""
-        self._deliver = deliver
-        self._news = threading.Condition()
-        self._number = self._finished = 0
-        self._job: Callable[[], Iterator[Any]] | None = None
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        atexit.register(self.close)  # a thread that is still inside a library would abort the dying process
-
-    def submit(self, job: Callable[[], Iterator[Any]]) -> int:
-        """Put a job in the place of whatever waits; returns its number at once."""
-        with self._news:
-            self._number += 1
-            self._job = job
-            self._news.notify_all()
-            return self._number
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Until nothing runs or waits; False if that takes longer."""
-        with self._news:
-            return self._news.wait_for(lambda: self._finished == self._number, timeout)
-
-    def close(self) -> None:
-        """Drop everything and end the thread."""
-        with self._news:
-            self._number, self._job, self._closed = self._number + 1, None, True
-            self._news.notify_all()
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        while not self._closed:
-            with self._news:
-                self._news.wait_for(lambda: self._job is not None or self._closed)
-                number, job, self._job = self._number, self._job, None
-            try:
-                for i, result in enumerate(job() if job else ()):
-                    if i and self._number != number:
-                        break
-                    self._deliver(number, result)
-                    if self._number != number:
-                        break
-            except Exception as error:  # a page must tell what went wrong, and go on
-                self._deliver(number, error)
-            with self._news:
-                self._finished = number
-                self._news.notify_all()

@@ -1,0 +1,161 @@
+"""Execute the numbered notebooks in order, each in a process of its own: `make tutorial` and `make notebooks`.
+
+    python notebooks/run.py            all of them, into runs/<date>_<time>/
+    python notebooks/run.py 00 04      those whose names begin like that
+    python notebooks/run.py --write    these and their solutions, written back with outputs, ready to commit
+
+A notebook that fails or hangs stops nothing else; the exit status tells (0: all well, 1: some failed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+import pandas as pd
+import psutil
+import yaml
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+from slimlib.utils import write_file
+
+NOTEBOOKS = Path(__file__).resolve().parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
+}
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+PROGRESS_BAR = re.compile(r".*(\d+%\||\d+it \[|\[\d\d:\d\d[<,]).*\n?")
+
+
+class Result(NamedTuple):
+    seconds: float
+    memory: int  # bytes: the most that papermill, the kernel and its children held together
+    problem: str  # "" if all went well
+    output: Path  # the executed notebook; of a failed one, as far as it got
+    log: Path
+
+
+def numbered(folder: Path = NOTEBOOKS, solutions: bool = False) -> list[Path]:
+    """The numbered notebooks of a folder in order, and after them the solutions of their exercises if wanted."""
+    pattern = "[0-9][0-9]_*.ipynb"
+    return sorted(folder.glob(pattern)) + (sorted(folder.glob(f"solutions/{pattern}")) if solutions else [])
+
+
+def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, time_limit: float = 3600) -> Result:
+    """Execute a notebook by papermill in a subprocess, in the notebook's own folder; copy and log go into `folder`.
+
+    Papermill only logs a misspelt parameter: whoever passes some compares them with `papermill.inspect_notebook`.
+    After `time_limit` seconds the notebook and all its processes are killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    output, log = folder / notebook.name, folder / f"{notebook.stem}.log"
+    output.unlink(missing_ok=True)  # an older one must not pass for this run's
+    command = [sys.executable, "-m", "papermill", str(notebook.resolve()), str(output.resolve()), "--no-progress-bar"]
+    command += ["--kernel", "python3", "--language", "python", "--cwd", str(notebook.resolve().parent)]
+    command += ["--parameters_yaml", yaml.safe_dump(parameters)] if parameters else []
+    start, memory, problem = time.monotonic(), 0, f"stopped at the time limit of {time_limit:.0f} s"
+    with log.open("wb") as sink, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as private:
+        # This Python's own kernel, nobody's personal settings, and no Matplotlib backend that shows nothing.
+        empty = dict.fromkeys(["JUPYTER_PATH", "JUPYTER_CONFIG_PATH", "MPLBACKEND"], "")
+        own = ["JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"]
+        environment = {"HF_HUB_OFFLINE": "1", **os.environ, **empty, **dict.fromkeys(own, private)}
+        environment["JUPYTER_PREFER_ENV_PATH"] = "1"
+        process = psutil.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+        family = [process]
+        try:
+            while time.monotonic() - start < time_limit:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    family = [process, *process.children(recursive=True)]
+                    memory = max(memory, sum(member.memory_info().rss for member in family))
+                with contextlib.suppress(psutil.TimeoutExpired):
+                    failed = process.wait(timeout=0.5)
+                    problem = _last_words(log.read_text(errors="replace")) if failed else ""
+                    break
+        finally:  # the kernel lives in a session of its own, and would outlive papermill
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=10)
+    return Result(time.monotonic() - start, memory, problem, output if output.exists() else log, log)
+
+
+def _last_words(log: str) -> str:
+    """The cell that failed, and the last line of what was said: mostly the exception."""
+    cell = re.findall(r'Exception encountered at "(In \[\d+\])"', log)
+    return ": ".join([*cell[-1:], log.strip().rpartition("\n")[2][:160] or "nothing was said"])
+
+
+def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Strip in place what differs from run to run or from machine to machine; sources, outputs and ids stay.
+
+    Goes: widget state and views (without the state a page shows an error in their place), papermill's and
+    the kernel's notes (paths, times), progress bars, all metadata of cells but tags and what hides them.
+    """
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a line, what came after its last carriage return
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for cell in notebook.cells:
+        kept = {name: cell.metadata[name] for name in ("tags", "jupyter") if cell.metadata.get(name)}
+        cell.metadata = nbformat.from_dict(kept)
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                output.text = PROGRESS_BAR.sub("", output.text)
+        if cell.cell_type == "code":
+            shown = [o for o in cell.outputs if WIDGET_VIEW not in o.get("data", {})]
+            cell.outputs = [o for o in shown if o.get("text", "-").strip()]
+    return notebook
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("only", nargs="*", help="beginnings of names, such as 00 04; all notebooks if none")
+    option("--write", action="store_true", help="write them and their solutions back, ready to commit")
+    option("--time-limit", type=float, default=3600, help="seconds for one notebook (%(default)s)")
+    option("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
+    option("--runs", type=Path, default=NOTEBOOKS.parent / "runs", help="folder of the results")
+    options = parser.parse_args(arguments)
+    there = numbered(options.notebooks, solutions=options.write)
+    chosen = [n for n in there if not options.only or n.name.startswith(tuple(options.only))]
+    unknown = [o for o in options.only if not any(n.name.startswith(o) for n in there)]
+    if unknown or not chosen:
+        names = ", ".join(n.stem for n in there) or "none"
+        parser.error(f"no notebook begins with {' '.join(unknown) or 'a number'}; there are: {names}")
+
+    folder, rows, failed = options.runs / datetime.now().strftime("%Y-%m-%d_%H%M%S"), [], []
+    print(f"executing {len(chosen)} of {len(there)} notebooks into {os.path.relpath(folder)}/", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        for i, notebook in enumerate(chosen, 1):
+            print(f"[{i}/{len(chosen)}] {notebook.stem} ... ", end="", flush=True)
+            place = folder / notebook.relative_to(options.notebooks).parent
+            result = run_notebook(notebook, place, time_limit=options.time_limit)
+            state = "FAILED" if result.problem else "ok"
+            print(f"{state}, {result.seconds:.0f} s", flush=True)
+            rows.append([notebook.stem, result.seconds, result.memory / 1e9, state, os.path.relpath(result.output)])
+            if result.problem:
+                failed.append(f"{notebook.stem} failed: {result.problem} (log: {os.path.relpath(result.log)})")
+            elif options.write:
+                clean = clean_notebook(nbformat.read(result.output, as_version=4))
+                nbformat.validate(clean)
+                write_file(notebook, (nbformat.writes(clean).rstrip("\n") + "\n").encode())
+    table = pd.DataFrame(rows, columns=["notebook", "seconds", "memory [GB]", "result", "where to look"])
+    total = f"{len(rows) - len(failed)} of {len(chosen)} notebooks ran well; {table.seconds.sum():.0f} s in all."
+    text = "\n".join([table.to_string(index=False, float_format="%.1f"), "", total, *failed, ""])
+    write_file(folder / "summary.txt", text.encode())
+    print(f"\n{text}", end="")
+    return int(bool(failed) or len(rows) < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

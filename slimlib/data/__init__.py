@@ -1,0 +1,1 @@
+"""Pictures to train and test on: PocketScenes, ImageNet, and what is cached of them."""

@@ -1,0 +1,287 @@
+"""Look at every training picture once: latent, region of interest and words, kept on disk for both stages.
+
+Scenes are worked on in blocks, and a block is one file, written wholly or not at all. Several processes, on one machine
+or on many with a common folder, make every so many-th block each. Whatever kills one of them costs the block at hand:
+the same command goes on with what is missing. The last one joins the blocks, one file an array.
+
+Examples:
+  slim preprocess --data /data/imagenet --out runs/paper/train
+  slim preprocess --data '/data/shards/imagenet1k-train-*.tar' --out runs/paper/train
+  slim preprocess --data pocket --scale pocket --n 16368 --out runs/pocket/train
+  torchrun --nproc_per_node 8 -m slimlib preprocess ...           eight processes here, a GPU each
+  RANK=3 WORLD_SIZE=8 slim preprocess ...                         the fourth of eight, on any machine
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from slimlib.caption import Captioner
+from slimlib.data.imagenet import ImageNetScenes, Pictures
+from slimlib.data.scenes import FOLDER, SPLITS, PocketScenes, Scene
+from slimlib.images import to_tensor
+from slimlib.ldm import LatentDiffusion
+from slimlib.machines import Machine, load_machine
+from slimlib.roi import ClipSeg, gradcam, latent_mask, roi_crop
+from slimlib.scales import Scale
+from slimlib.utils import digest, option, pick_device, quiet_libraries, rank_and_world, write_file
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What training needs to know about N scenes; the arrays are memory maps."""
+
+    latents: np.ndarray | None  # (N, C, h, w) float16, scaled
+    masks: np.ndarray  # (N, h, w) uint8, the share of each latent cell inside the region of interest; 255 is all of it
+    labels: np.ndarray  # (N,) int64
+    captions: list[str]  # the region in words: what the captioner said, or the scene's noun
+    places: list[str]  # the background in words, "" where nobody knows it
+    images: np.ndarray | None  # (N, 3, S, S) uint8
+    about: dict[str, Any]  # what it was made of
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: np.ndarray | Sequence[int]) -> torch.Tensor:
+        """Pictures (B, 3, S, S) in [0, 1], in the order of the indices; ascending ones read faster."""
+        return torch.from_numpy(self.images[indices]).float() / 255  # type: ignore[index]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Cache:
+        """Open what `fill` has finished.
+
+        Raises:
+            FileNotFoundError: there is no cache, or blocks are missing; says how many.
+            ValueError: a block is damaged; says which.
+        """
+        folder = Path(folder)
+        if not (folder / "about.json").exists():
+            raise FileNotFoundError(f"{folder} holds no cache; make one with `slim preprocess`")
+        about, whole = json.loads((folder / "about.json").read_text()), folder / "whole"
+        if missing := len(_missing(folder, about)):
+            raise FileNotFoundError(f"{folder}: {missing} blocks are missing; the command that began it will go on")
+        if not whole.is_dir():
+            _join(folder, about)
+        words = json.loads((whole / "words.json").read_text())
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in whole.glob("*.npy")}
+        return cls(**{"latents": None, "images": None, **arrays, **words, "about": about})
+
+
+def fill(
+    scenes: Sequence[Scene],
+    out: str | Path,
+    *,
+    about: dict[str, Any],
+    ldm: LatentDiffusion | None = None,
+    roi: str = "matte",
+    machine: Machine | None = None,
+    captioner: Captioner | None = None,
+    clipseg: ClipSeg | None = None,
+    keep_images: bool = False,
+    block: int = 256,
+    batch: int = 16,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    progress: bool = True,
+) -> int:
+    """Make those blocks of a cache that are this process's and are not there yet.
+
+    Args:
+        scenes: any sequence of them, square and of one size.
+        out: the cache's folder.
+        about: which data, protocol and models these are, for the reader and for the check below.
+        ldm: makes the latents; None: there will be none, and masks have the pocket VAE's cells of 4 pixels.
+        roi: "matte", the scene's own; "gradcam", of `machine` for the true class; "clipseg", of `clipseg` for the noun.
+        captioner: reads the crop that the encoder would cut: it knows no label, so that Grad-CAM of `machine` is for
+            the machine's own first guess. None: the scene's noun is the caption.
+        keep_images: keep the pictures, too.
+        block, batch: scenes that are finished, and that go through the networks, together.
+        rank, world: block b belongs to process b % world.
+        workers: processes that compose or open the scenes; 0: this one does.
+
+    Returns:
+        How many blocks are still missing, which other processes have to make.
+
+    Raises:
+        ValueError: the cache in `out` was begun with other data, models or settings; names them.
+    """
+    out, factor = Path(out), ldm.factor if ldm else 4
+    made = {"roi": roi, "factor": factor, "latents": ldm is not None, "images": keep_images, "block": block}
+    about = _begin(out, {"pictures": len(scenes), **about, **made})
+
+    @torch.no_grad()
+    def look(some: list[Scene]) -> dict[str, np.ndarray]:
+        x, labels = to_tensor([scene.image for scene in some]), torch.tensor([scene.label for scene in some])
+        grid, where = (x.shape[2] // factor, x.shape[3] // factor), machine.mean.device if machine else "cpu"
+        captions = [scene.noun for scene in some]
+        if roi == "matte":
+            masks = torch.from_numpy(np.stack([scene.mask(*grid) for scene in some]))
+        elif roi == "gradcam" and machine:
+            masks = latent_mask(gradcam(machine, x.to(where), labels.to(where)), *grid)[:, 0]
+        elif roi == "clipseg" and clipseg:
+            texts = [f"a photo of a {noun.removeprefix('an ').removeprefix('a ')}" for noun in captions]
+            masks = latent_mask(clipseg(x, texts), *grid)[:, 0]
+        else:
+            raise ValueError(f"region of interest {roi!r}: expected matte, or gradcam or clipseg with their model")
+        if captioner:
+            maps = gradcam(machine, x.to(where))  # type: ignore[arg-type]
+            captions = captioner.caption([roi_crop(one.image, cam) for one, cam in zip(some, maps, strict=True)])
+        found = {"masks": (masks * 255).round().byte().cpu().numpy(), "labels": labels.numpy()}
+        found |= {"captions": np.array(captions, object), "places": np.array([scene.place for scene in some], object)}
+        if ldm:
+            found["latents"] = ldm.encode(x).to("cpu", torch.float16).numpy()
+        if keep_images:
+            found["images"] = (x * 255).round().byte().numpy()
+        return found
+
+    todo = [(number, path) for number, path in _missing(out, about).items() if number % world == rank]
+    for number, path in tqdm(todo, unit="block", disable=not progress):
+        own = Subset(scenes, range(number * block, min((number + 1) * block, len(scenes))))  # type: ignore[arg-type]
+        loader = DataLoader(own, batch, collate_fn=list, num_workers=workers, generator=torch.Generator())
+        parts = [look(some) for some in loader]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        words = {name: found.pop(name).tolist() for name in ("captions", "places")}
+        found["words"] = np.frombuffer(json.dumps(words).encode(), np.uint8)
+        write_file(path, save({name: np.ascontiguousarray(array) for name, array in found.items()}))
+    missing = len(_missing(out, about))
+    if not missing and not (out / "whole").is_dir():
+        _join(out, about)
+    return missing
+
+
+def _begin(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Say what the cache is of, or check that it is of this. Several processes may come at once."""
+    path, about = out / "about.json", json.loads(json.dumps(about))
+    if not path.exists():
+        write_file(path, (json.dumps(about, indent=1) + "\n").encode())
+    there = json.loads(path.read_text())
+    keys = [key for key in {**there, **about} if there.get(key) != about.get(key)]
+    if keys:
+        differing = "; ".join(f"{key}: {there.get(key)} there, {about.get(key)} asked for" for key in keys)
+        raise ValueError(f"{out} was begun with other settings ({differing}). Use another folder.")
+    return about
+
+
+def _missing(folder: Path, about: dict[str, Any]) -> dict[int, Path]:
+    """Blocks that are still to be made: none once they are joined."""
+    paths = [folder / "blocks" / f"{b:06d}.safetensors" for b in range(-(-about["pictures"] // about["block"]))]
+    return {} if (folder / "whole").is_dir() else {b: path for b, path in enumerate(paths) if not path.exists()}
+
+
+def _join(folder: Path, about: dict[str, Any]) -> None:
+    """All blocks as one file an array, in a folder that has another name until it is whole."""
+    words: dict[str, list[str]] = {"captions": [], "places": []}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".whole.") as temporary:
+        fresh = Path(temporary) / "whole"
+        fresh.mkdir()
+        for path in sorted((folder / "blocks").glob("*.safetensors")):
+            try:
+                found = load_file(path)
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}): delete it, and have it made again") from error
+            for name, some in json.loads(found.pop("words").tobytes()).items():
+                words[name] += some
+            for name, array in found.items():
+                with (fresh / f"{name}.npy").open("ab") as file:
+                    if not file.tell():
+                        shape = (about["pictures"], *array.shape[1:])
+                        layout = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, layout)
+                    file.write(array.tobytes())
+        (fresh / "words.json").write_text(json.dumps(words))
+        with suppress(OSError):  # another process was first
+            fresh.rename(folder / "whole")
+
+
+def pocket_cache(
+    folder: str | Path, split: str, n: int, size: int = 128, ldm: LatentDiffusion | None = None, progress: bool = True
+) -> Cache:
+    """Scenes 0..n-1 of `PocketScenes` with their pictures, and with latents where an `ldm` makes them.
+
+    What is not in `folder` yet is made: about 5 ms a scene and core to compose, and what the VAE takes.
+    """
+    scenes, data = _pocket(split, size, n)
+    about = {"data": data} | ({"vae": digest(ldm.vae).hex()[:8]} if ldm else {})
+    out = Path(folder) / "-".join([split, str(size), str(n), *about.values()])
+    workers = min(os.cpu_count() or 1, n // 64)
+    fill(scenes, out, about=about, ldm=ldm, keep_images=True, workers=workers, progress=progress)
+    return Cache.open(out)
+
+
+def _pocket(split: str, size: int, n: int, seed: int = 0) -> tuple[Sequence[Scene], str]:
+    """The first n scenes of a split, and eight hex digits that change with what they are composed of."""
+    scenes = PocketScenes(split, size, seed)
+    if not 0 < n <= len(scenes):
+        raise ValueError(f"{n} scenes of PocketScenes: expected 1 to {len(scenes)} of {split}")
+    known = f"{split} {size} {seed}".encode() + (FOLDER / "SHA256SUMS").read_bytes() + scenes[0].image.tobytes()
+    return Subset(scenes, range(n)), hashlib.sha256(known).hexdigest()[:8]  # type: ignore[arg-type, return-value]
+
+
+@dataclass
+class Options:
+    """What `slim preprocess` can be told."""
+
+    data: str = option(MISSING, "ImageNet's folder or a split's, shards (...*.tar), hub:owner/name; or pocket")
+    out: Path = option(MISSING, "folder of the cache")
+    split: Literal["train", "validation"] = option("train", "of the data")
+    n: int | None = option(None, "pictures, drawn by --seed; of PocketScenes the first (default: all)")
+    seed: int = option(0, "of the draw, or of PocketScenes")
+    protocol: Literal["crop", "squash"] = option("crop", "how squares are made of ImageNet's pictures")
+    scale: str = option("paper", "the models: paper, pocket, or a folder laid out like assets/pocket")
+    ldm: str | None = option(None, "another diffusion model: an id of the hub, or a folder")
+    variant: str | None = option(None, "of the diffusion model's files, such as fp16")
+    size: int | None = option(None, "side of the squares in pixels (default: the scale's)")
+    roi: Literal["gradcam", "clipseg"] = option("gradcam", "region of interest; PocketScenes have their exact matte")
+    clipseg: str = option("CIDAS/clipseg-rd64-refined", "the model for --roi clipseg")
+    batch: int = option(16, "pictures at a time")
+    keep_images: bool = option(False, "keep the pictures, too: `slim train --task features` compares them")
+    workers: int = option(0, "processes that open pictures or compose scenes, beside this one")
+    device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
+    quiet: bool = option(False, "no progress bar")
+
+
+def command(options: Options) -> int:
+    """Fill a cache, or this process's share of it."""
+    quiet_libraries()
+    names = {name: getattr(options, name) for name in ("ldm", "variant", "size") if getattr(options, name)}
+    scale, device = replace(Scale.from_name(options.scale), **names), pick_device(options.device)
+    about: dict[str, Any] = {"size": scale.size, "models": [scale.ldm]}
+    more: dict[str, Any] = {"roi": "matte"}
+    if options.data == "pocket":
+        split = "val" if options.split == "validation" else options.split
+        n = SPLITS[split] if options.n is None else options.n
+        scenes, about["data"] = _pocket(split, scale.size, n, options.seed)
+    else:
+        pictures = Pictures.open(options.data, options.split, options.out / "pictures", options.n, options.seed)
+        scenes = ImageNetScenes(pictures, options.protocol, scale.size)
+        about |= {"data": pictures.fingerprint(), "protocol": options.protocol}
+        about["models"] += [scale.machine_a, scale.captioner]
+        more = {"roi": options.roi, "machine": load_machine(scale.machine_a, device)}
+        more["captioner"] = Captioner.from_pretrained(scale.captioner, device=device)
+        if options.roi == "clipseg":
+            about["models"].append(options.clipseg)
+            more["clipseg"] = ClipSeg(options.clipseg, device)
+    ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)
+    about["vae"] = digest(ldm.vae).hex()[:8]
+    rank, world = rank_and_world()
+    more |= {"rank": rank, "world": world, "workers": options.workers, "progress": not options.quiet}
+    more["keep_images"] = options.keep_images
+    missing = fill(scenes, options.out, about=about, ldm=ldm, batch=options.batch, **more)
+    print(f"{options.out}: {len(scenes)} pictures, " + (f"{missing} blocks are missing" if missing else "all done"))
+    return 0

@@ -1,0 +1,145 @@
+"""Train a compressor on what `slim preprocess` has cached, at any scale.
+
+Stage 1 starts from random weights, or from --start. Stage 2 starts from --start, the result of stage 1, and takes over
+its w_bg, lambda_min and lambda_max where nothing else is said: otherwise a quality would change its meaning, and its
+rate, in between. Checkpoint and log lie beside the result, in OUT.training.
+
+Examples:
+  slim train --cache runs/train --out runs/compressor
+  slim train --cache runs/train --out runs/compressor_uniform --w-bg 1
+  slim train --stage 2 --cache runs/train --start runs/compressor --out runs/compressor_stage2
+  slim train --stage 2 --cache runs/train --start runs/compressor --out runs/compressor_stage2 --resume
+  torchrun --nproc_per_node 8 -m slimlib train --scale paper --cache runs/paper/train --out runs/paper/compressor
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+
+from slimlib.caption import CAPTION_PRIOR, CaptionPrior
+from slimlib.compressor import CompressorConfig, LatentCompressor
+from slimlib.data.cache import Cache
+from slimlib.ldm import LatentDiffusion
+from slimlib.loop import training_device
+from slimlib.machines import load_machine
+from slimlib.scales import Scale
+from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
+from slimlib.utils import describe_device, digest, option, quiet_libraries, rank_and_world, write_card, write_folder
+
+
+@dataclass
+class Job:
+    """What is trained on what; `Options` adds the settings of both stages."""
+
+    cache: Path = option(MISSING, "folder that `slim preprocess` has filled")
+    out: Path = option(MISSING, "folder of the result: weights, caption prior and card")
+    stage: Literal[1, 2] = option(1, "what to train")
+    start: Path | None = option(None, "compressor to start from; its caption prior goes along")
+    scale: str = option("paper", "the models that the cache was made with: paper, pocket, or a folder")
+    resume: bool = option(False, "go on from the checkpoint")
+    max_seconds: float | None = option(None, "stop after this time with a checkpoint")
+    device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
+    threads: int | None = option(None, "CPU threads (default: PyTorch's choice)")
+    quiet: bool = option(False, "no progress bar")
+
+
+def _settings() -> list[tuple]:
+    """Each setting of the stages as an option that is None where it is not given; its help tells the defaults."""
+    kinds, first, settings = get_type_hints(Stage2Config), {f.name: f.default for f in fields(Stage1Config)}, []
+    for f in fields(Stage2Config):
+        defaults = f"stage 1: {first[f.name]}, stage 2: {f.default}" if f.name in first else f"stage 2: {f.default}"
+        if first.get(f.name) == f.default:
+            defaults = f"default: {f.default}"
+        switch = {"nargs": "?", "const": True} if kinds[f.name] is bool else {}
+        metadata = {"help": f"{f.metadata['help']} ({defaults})", **switch}
+        settings.append((f.name, kinds[f.name] | None, field(default=None, metadata=metadata)))
+    return settings
+
+
+Options: Any = make_dataclass("Options", _settings(), bases=(Job,))
+
+
+def command(options: Job) -> int:
+    """`slim train`; returns the exit status. Of several processes the main one writes."""
+    work, begin = options.out.with_name(f"{options.out.name}.training"), time.monotonic()
+    if (work / "checkpoint.pt").exists() and not options.resume:
+        raise ValueError(f"{work} holds a checkpoint: go on from it with --resume, or name another folder in --out")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    quiet_libraries()
+    config, cache, device = configure(options), Cache.open(options.cache), training_device(options.device)
+    if cache.latents is None:
+        raise ValueError(f"{options.cache} holds no latents; fill another cache with them")
+    model = _train(options, config, cache, work, device)
+    if rank_and_world()[0]:
+        return 0
+    done = torch.load(work / "checkpoint.pt", weights_only=True, mmap=True)["step"]
+    if done < config.steps:
+        print(f"stopped after {done} of {config.steps} steps; the same command with --resume goes on")
+        return 0
+    with write_folder(options.out) as folder:
+        model.save_pretrained(folder)
+        if getattr(config, "lora", 0):
+            shutil.copytree(work / "unet_lora", folder / "unet_lora")
+        prior = CaptionPrior.load(options.start / CAPTION_PRIOR) if options.start else CaptionPrior.fit(cache.captions)
+        prior.save(folder / CAPTION_PRIOR)
+        facts = {
+            "command": f"slim {shlex.join(sys.argv[1:])}",
+            "start": str(options.start or "random weights"),
+            **asdict(config),
+            "processes": rank_and_world()[1],
+            "device": describe_device(device),
+            "seconds": round(time.monotonic() - begin),
+            "data": json.dumps(cache.about),
+        }
+        about = "Mean-scale hyperprior on the latent, one model for all rates; not measured here."
+        source = f"Latents of the diffusion model of the scale {options.scale}."
+        write_card(folder, f"Compressor, stage {options.stage}", about, facts, {}, source)
+    return 0
+
+
+def configure(options: Job) -> Stage1Config:
+    """The stage's defaults; over them what the start of stage 2 was trained with; over that what was asked for.
+
+    Raises:
+        ValueError: a setting of stage 2 was asked for in stage 1.
+    """
+    kind, values = (Stage2Config if options.stage == 2 else Stage1Config), {}
+    if options.stage == 2 and options.start and (options.start / "card.json").exists():
+        training = json.loads((options.start / "card.json").read_text())["training"]
+        values = {name: training[name] for name in ("w_bg", "lambda_min", "lambda_max") if name in training}
+    given = {f.name: getattr(options, f.name, None) for f in fields(Stage2Config)}
+    values |= {name: value for name, value in given.items() if value is not None}
+    foreign = values.keys() - {f.name for f in fields(kind)}
+    if foreign:
+        raise ValueError(f"stage 1 has no {', '.join(f'--{name}' for name in sorted(foreign))}")
+    return kind(**values)
+
+
+def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device: torch.device) -> LatentCompressor:
+    limits: dict[str, Any] = {"progress": not options.quiet, "max_seconds": options.max_seconds, "device": device}
+    assert cache.latents is not None
+    shape = {"latent_channels": cache.latents.shape[1], "factor": cache.about["factor"]}
+    model = LatentCompressor.from_pretrained(options.start, device) if options.start else None
+    if model and (model.config.latent_channels, model.config.factor) != tuple(shape.values()):
+        raise ValueError(f"{options.start} works on other latents than those in {options.cache}: {shape}")
+    if not isinstance(config, Stage2Config):
+        return train_stage1(config, cache.latents, cache.masks, work, model or CompressorConfig(**shape), **limits)
+    if model is None:
+        raise ValueError("stage 2 needs --start, the compressor that stage 1 has left")
+    scale = Scale.from_name(options.scale)
+    ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)
+    found = digest(ldm.vae).hex()[:8]
+    if cache.about.get("vae", found) != found:
+        raise ValueError(f"{options.cache} was made with another VAE than that of {scale.ldm}; which --scale was it?")
+    machine, arrays = load_machine(scale.machine_a, device), (cache.latents, cache.masks, cache.labels, cache.captions)
+    return train_stage2(config, *arrays, ldm, machine, work, model, cache.images, **limits)

@@ -1,0 +1,78 @@
+"""The explorer as a web page of its own, on this machine only; no network is needed.
+
+Examples:
+    slim explore                  start the page and open a browser
+    slim explore --benchmark      how long an answer takes: slider to picture, over 100 moves
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbformat
+import numpy as np
+from nbformat.v4 import new_code_cell, new_notebook
+
+CODE = "from slimlib.explorer.page import Page\npage = Page()\npage.box"
+TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
+{# The lab template fetches an icon font from a server elsewhere. This page has no icons, and works offline. #}
+{%- block notebook_css -%}{{ super() | replace('https://cdn.jsdelivr.net/', 'data:text/css,') }}{%- endblock -%}
+"""
+MAX_MESSAGE = 256 * 2**20
+"""Largest upload in bytes; the server's own limit of 10 MiB is less than a large photograph."""
+
+
+@dataclass
+class Options:  # `utils.option` would import torch, which the server can do without: its kernels compute
+    port: int = field(default=8866, metadata={"help": "of the page"})
+    browser: bool = field(default=True, metadata={"help": "open the page in a browser"})
+    benchmark: bool = field(default=False, metadata={"help": "measure, and serve nothing"})
+    moves: int = field(default=100, metadata={"help": "slider moves of the benchmark, 100 at the most"})
+
+
+def command(options: Options) -> int:
+    """Serve the page until it is interrupted, or measure how fast it is."""
+    # Threads that wait for work shall sleep: while they spin, other programs slow the page down many times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if options.benchmark:
+        benchmark(options.moves)
+    else:
+        serve(options.port, options.browser)
+    return 0
+
+
+def serve(port: int, browser: bool) -> None:
+    """Run Voila on a notebook of one cell until it is interrupted."""
+    from voila.app import Voila
+
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        page = Path(folder, "explorer.ipynb")
+        nbformat.write(new_notebook(cells=[new_code_cell(CODE)], metadata={"kernelspec": kernel}), page)
+        template = Path(folder, "voila/templates/explorer")
+        template.mkdir(parents=True)
+        (template / "index.html.j2").write_text(TEMPLATE)
+        (template / "conf.json").write_text('{"base_template": "lab"}')
+        # Voila finds templates there, and this Python's own kernel before anybody else's.
+        os.environ |= {"JUPYTER_PATH": folder, "JUPYTER_PREFER_ENV_PATH": "1"}
+        options = [str(page), f"--port={port}", "--Voila.ip=127.0.0.1", "--template=explorer"]
+        options += [] if browser else ["--no-browser"]
+        Voila.launch_instance(options, tornado_settings={"websocket_max_message_size": MAX_MESSAGE})
+
+
+def benchmark(moves: int) -> None:
+    """Move the quality slider of a page without a browser, and print how long the pictures took."""
+    from slimlib.explorer.page import Page
+
+    page, times = Page(), []
+    for quality in np.random.default_rng(0).permutation(np.delete(np.linspace(0, 1, 101), 20))[:moves]:  # it is at 20
+        page.quality.value = float(quality)
+        page.wait()
+        times.append([1000 * page.answered["before"], 1000 * page.answered["after"]])
+    (first, finished), (late, last) = np.percentile(times, [50, 95], axis=0)
+    print(f"{len(times)} moves of the quality slider, K = {page.steps.value}")
+    print(f"first picture and bytes: median {first:.0f} ms, 95th percentile {late:.0f} ms")
+    print(f"finished picture: median {finished:.0f} ms, 95th percentile {last:.0f} ms")

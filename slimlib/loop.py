@@ -1,0 +1,211 @@
+"""The one training loop: AdamW on a cosine rate, for the compressor's two stages and for every other model here.
+
+Any number of processes may share it (`torchrun`, `accelerate launch`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from slimlib.utils import option, pick_device, rank_and_world
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""A loss, and its parts for the log."""
+
+
+@dataclass
+class FitConfig:
+    """Settings of the loop."""
+
+    steps: int = option(8000, "optimiser steps")
+    batch: int = option(32, "items that go through the networks together")
+    lr: float = option(1e-3, "peak of the cosine rate (AdamW)")
+    warmup: int = option(200, "steps until the peak")
+    beta2: float = option(0.98, "AdamW's decay of the squared gradient")
+    weight_decay: float = option(1e-4, "AdamW's decay of the weights")
+    clip: float = option(1.0, "largest norm of the gradient")
+    accumulate: int = option(
+        1,
+        "batches whose gradients make one step, on each process. A step sees batch * accumulate * processes items, and "
+        "the same ones whichever way that product comes about",
+    )
+    ema: float = option(0.0, "decay of the moving average of the weights that becomes the result; 0: the last weights")
+    save_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(20, "steps between lines of the log")
+    probe_every: int = option(500, "steps between points of the learning curve")
+    seed: int = option(0, "every draw is a function of (seed, step, number of the batch in the step)")
+
+
+def fit(
+    config: FitConfig,
+    modules: dict[str, nn.Module],
+    loss_of: Callable[[dict[str, nn.Module]], Losses],
+    folder: str | Path,
+    *,
+    groups: list[dict] | None = None,
+    settings: dict | None = None,
+    probe: Callable[[dict[str, nn.Module]], dict[str, float]] | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    max_seconds: float | None = None,
+    device: str | torch.device | None = None,
+) -> dict[str, nn.Module]:
+    """Minimise a loss; resumes exactly.
+
+    Interrupted at any step and started again it ends with the same weights as in one go: a checkpoint holds modules
+    and optimiser, and each batch is drawn from (seed, step, number of the batch) alone.
+
+    Args:
+        modules: what is trained (parameters that ask for a gradient) and stored; they lie on `training_device`.
+        loss_of: draws a batch from PyTorch's generator, runs the networks on it (the modules, wrapped where several
+            processes share the work), and returns the loss and its parts.
+        folder: gets checkpoint.pt, log.csv, and curve.csv if there is a probe.
+        groups: parameter groups; "speed" multiplies a group's rate. None: all parameters alike.
+        settings: what a checkpoint must have been trained with, besides the config.
+        probe: measures the modules for the learning curve, every `probe_every` steps.
+        resume: go on from the checkpoint in `folder` if there is one.
+        max_seconds: stop (with a checkpoint) after this time; call again to go on.
+        device: the best one at hand if None; of several processes each takes its own.
+
+    Returns:
+        The modules in evaluation mode, with their averaged weights where the config asks for an average.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or was trained with other settings.
+    """
+    accelerator, folder, start = _accelerator(device), Path(folder), time.monotonic()
+    main, checkpoint = accelerator.is_main_process, folder / "checkpoint.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    if groups is None:
+        trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+        groups = [{"params": trained, "speed": 1.0, "weight_decay": config.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    parameters = [p for group in groups for p in group["params"]]
+    ema = get_ema_multi_avg_fn(config.ema)
+    averages = {name: AveragedModel(m, multi_avg_fn=ema) for name, m in modules.items()} if config.ema else {}
+    stored = {**modules, **{f"average of {name}": module for name, module in averages.items()}}
+    settings, first, before = {**asdict(config), **(settings or {})}, 0, 0.0
+    if resume and checkpoint.exists():
+        state = _load(checkpoint, settings)
+        first, before = state["step"], state["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        for name, module in stored.items():
+            module.load_state_dict(state["modules"][name])
+    if main:
+        _forget(folder / "log.csv", first)
+        _forget(folder / "curve.csv", first)
+    *networks, stepper = accelerator.prepare(*modules.values(), optimizer)
+    wrapped = dict(zip(modules, networks, strict=True))
+    for module in modules.values():
+        module.train()
+
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=not (progress and main))
+    for step in bar:
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["speed"]
+        stepper.zero_grad(set_to_none=True)
+        shown: dict[str, Tensor] = {}
+        for turn in range(config.accumulate):
+            number = accelerator.process_index * config.accumulate + turn
+            torch.manual_seed((config.seed * 1_000_003 + step + 1 + number * 1_000_000_007) % 2**63)
+            with ExitStack() as apart:
+                if turn + 1 < config.accumulate:  # gradients are shared between processes once a step
+                    for network in networks:
+                        apart.enter_context(accelerator.no_sync(network))
+                loss, parts = loss_of(wrapped)
+                accelerator.backward(loss / config.accumulate)
+            for name, value in {"loss": loss, **parts}.items():
+                shown[name] = shown.get(name, 0) + torch.as_tensor(value).detach() / config.accumulate
+        norm = accelerator.clip_grad_norm_(parameters, config.clip)
+        if bool(norm.isfinite()):  # one bad batch must not end a long run
+            stepper.step()
+            for name, average in averages.items():
+                average.update_parameters(modules[name])
+
+        done, ended, seconds = step + 1, step + 1 == config.steps, before + time.monotonic() - start
+        if done % config.log_every == 0 or ended:
+            means = {name: float(value) for name, value in accelerator.reduce(shown, "mean").items()}
+            bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+            if main:
+                _append(folder / "log.csv", {"step": done, "seconds": round(seconds, 1), **means, "rate": rate})
+        if probe and main and (done % config.probe_every == 0 or ended):
+            with torch.random.fork_rng(), torch.no_grad():
+                seen = {name: averages[name].module if averages else module for name, module in modules.items()}
+                figures = probe({name: module.eval() for name, module in seen.items()})
+            _append(folder / "curve.csv", {"step": done, "seconds": round(seconds, 1), **figures})
+            for module in modules.values():
+                module.train()
+        late = max_seconds is not None and time.monotonic() - start > max_seconds
+        if max_seconds is not None:  # all processes must stop at the same step
+            late = bool(accelerator.reduce(torch.tensor(float(late), device=accelerator.device), "sum") > 0)
+        if main and (done % config.save_every == 0 or ended or late):
+            weights = {name: module.state_dict() for name, module in stored.items()}
+            state = {"step": done, "seconds": seconds, "settings": settings, "modules": weights}
+            torch.save({**state, "optimizer": optimizer.state_dict()}, writing := checkpoint.with_suffix(".writing"))
+            os.replace(writing, checkpoint)
+        if late:
+            break
+    for name, average in averages.items():
+        modules[name].load_state_dict(average.module.state_dict())
+    accelerator.wait_for_everyone()
+    return {name: module.eval() for name, module in modules.items()}
+
+
+def learning_rate(step: int, config: FitConfig) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth of the peak."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    part = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
+
+
+def training_device(device: str | torch.device | None = None) -> torch.device:
+    """Where to put what is trained: the device asked for or the best; of several processes each its own."""
+    return _accelerator(device).device if rank_and_world()[1] > 1 else pick_device(device)
+
+
+def _accelerator(device: str | torch.device | None) -> Accelerator:
+    on_cpu = rank_and_world()[1] > 1 and pick_device(device).type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, device_placement=False)
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # two million parameters need no shards
+        raise ValueError(f"{kind} cuts weights into shards, and a checkpoint would hold one: launch with MULTI_GPU")
+    return accelerator
+
+
+def _load(path: Path, settings: dict) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        there = state["settings"]
+    except Exception as error:  # pickle, zip and torch have errors of many kinds
+        raise ValueError(f"{path} is no checkpoint of this program, or it is damaged ({error}).") from error
+    differing = [f"{k}: {there.get(k)} there, {v} asked for" for k, v in settings.items() if there.get(k) != v]
+    if differing:
+        raise ValueError(f"{path} was trained with other settings ({'; '.join(differing)}). Use another folder.")
+    return state
+
+
+def _append(path: Path, row: dict[str, float]) -> None:
+    pd.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.6g")
+
+
+def _forget(path: Path, step: int) -> None:
+    """Drop what a log says beyond the step that training goes on from, and a line that was cut."""
+    rows = pd.read_csv(path, on_bad_lines="skip").dropna() if step and path.exists() else None
+    path.unlink(missing_ok=True)
+    if rows is not None and len(rows):
+        rows[rows["step"] <= step].to_csv(path, index=False, float_format="%.6g")

@@ -1,0 +1,285 @@
+"""What SLIM is compared with: the classic codecs, and a learned codec that works on pixels.
+
+Classic codecs come as fair as we can make them: at any quality, or the file nearest to a budget. At 128 px
+headers weigh: a JPEG spends some 290 bytes on them, more than half of its smallest file. So results are shown
+twice, for whole files and for `payload_bytes`, which is generous: a decoder needs the headers too.
+
+The learned baseline is a hyperprior on pixels (`PixelCodec`): SLIM's own compressor, fed with pixels in place of
+latents, without VAE, UNet, captions or region of interest. assets/pocket/train.py trains it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from bisect import bisect_left
+from pathlib import Path
+
+import numpy as np
+import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
+import torch
+import torch.nn.functional as F
+from PIL import Image, features
+from torch import Tensor
+
+from slimlib.compressor import LatentCompressor, quality_byte
+from slimlib.entropy import RangeDecoder, RangeEncoder
+from slimlib.images import to_images, to_tensor
+from slimlib.stream import StreamHeader, pack, unpack
+
+CODECS = ("jpeg", "webp", "avif", "jpegxl", "jpeg2000")
+SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
+"""Sizes that `nearest_size` tries when it may downscale."""
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+"""What ends a JPEG's scan: FF 00 is a stuffed byte, and FF D0 to D7 restart it."""
+
+# ------------------------------------------------------------------------------------------- the classic codecs
+
+
+def encode_classic(image: Image.Image, codec: str, quality: int) -> bytes:
+    """A whole file of a picture's bare pixels, encoded as well as Pillow knows how.
+
+    Args:
+        image: RGB.
+        codec: one of `CODECS`.
+        quality: 0 to 100, as the codec understands it; for JPEG 2000 it sets the PSNR aimed at, 15 to 50 dB.
+
+    Raises:
+        ValueError: no such codec or quality, or this Pillow was built without it.
+    """
+    _check(codec)
+    if not 0 <= quality <= 100:
+        raise ValueError(f"quality is {quality}; expected 0 to 100")
+    decibels = {"quality_mode": "dB", "quality_layers": [15 + 0.35 * quality]}
+    options: dict = {
+        "jpeg": {"format": "JPEG", "quality": max(1, quality), "optimize": True},
+        "webp": {"format": "WEBP", "quality": quality, "method": 6},
+        "avif": {"format": "AVIF", "quality": quality, "speed": 4, "max_threads": 1},
+        # Bare codestreams, without boxes. The highest quality of JPEG XL is a lossless mode that this encoder refuses.
+        "jpegxl": {"format": "JXL", "quality": min(99, quality), "effort": 9, "num_threads": 1},
+        "jpeg2000": {"format": "JPEG2000", "no_jp2": True, "irreversible": True, **decibels},
+    }
+    file = io.BytesIO()
+    bare = Image.fromarray(np.asarray(image))  # Pillow would write a profile or Exif data along: thousands of bytes
+    bare.save(file, **options[codec])
+    return file.getvalue()
+
+
+def decode_classic(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """What a file shows, enlarged (bicubic) to (width, height) where it was encoded smaller."""
+    decoded = Image.open(io.BytesIO(data)).convert("RGB")
+    return decoded if decoded.size == size else decoded.resize(size, Image.Resampling.BICUBIC)
+
+
+def downscale(image: Image.Image, scale: float) -> Image.Image:
+    """The picture at `scale` times its sides (bicubic), at least one pixel; itself if the scale is 1."""
+    if scale == 1:
+        return image
+    sides = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(sides, Image.Resampling.BICUBIC)
+
+
+def nearest_size(
+    image: Image.Image, codec: str, target_bytes: int, downscale: bool = False
+) -> tuple[bytes, Image.Image]:
+    """The file whose size comes nearest to a budget, and what it decodes to, at the original size.
+
+    Args:
+        image: RGB.
+        codec: one of `CODECS`.
+        target_bytes: the budget, headers and all. The codec may be unable to go so low: see what comes back.
+        downscale: may encode a smaller picture and enlarge it after decoding (bicubic both ways; the size to
+            enlarge to is not counted). Of the sizes that come within 10% of the budget, the one with the
+            least squared error; if none does, the nearest.
+
+    Raises:
+        ValueError: as for `encode_classic`, or a budget below one byte.
+    """
+    if target_bytes < 1:
+        raise ValueError(f"the budget is {target_bytes} bytes; expected at least 1")
+    candidates = [_nearest_quality(image, codec, target_bytes, s) for s in (SCALES if downscale else (1.0,))]
+    fitting = [c for c in candidates if abs(len(c[0]) - target_bytes) <= 0.1 * target_bytes]
+    if not fitting:
+        return min(candidates, key=lambda c: abs(len(c[0]) - target_bytes))
+    original = np.asarray(image, np.float64)
+    return min(fitting, key=lambda c: float(((np.asarray(c[1], np.float64) - original) ** 2).mean()))
+
+
+def _nearest_quality(image: Image.Image, codec: str, target: int, scale: float) -> tuple[bytes, Image.Image]:
+    """Bisection over the quality, then the nearest of the neighbours (sizes are not quite monotone)."""
+    small = downscale(image, scale)
+    encode = functools.cache(lambda quality: encode_classic(small, codec, quality))
+    at = bisect_left(range(100), target, key=lambda quality: len(encode(quality)))
+    best = min((encode(q) for q in range(max(0, at - 2), min(100, at + 1) + 1)), key=lambda d: abs(len(d) - target))
+    return best, decode_classic(best, image.size)
+
+
+def payload_bytes(data: bytes, codec: str) -> int:
+    """Bytes of a file that hold the picture itself: no headers, no tables, no container.
+
+    JPEG: the entropy-coded scans. WebP: the VP8 chunk. AVIF: the `mdat` box. JPEG 2000: the tile-parts' data.
+    JPEG XL: all but the two bytes of its signature; what else it says ahead of the picture takes a few bits.
+
+    Raises:
+        ValueError: the bytes are no file of that codec.
+    """
+    _check(codec)
+    try:
+        return {"jpeg": _jpeg, "webp": _webp, "avif": _avif, "jpegxl": _jpegxl, "jpeg2000": _jpeg2000}[codec](data)
+    except Exception as error:  # whatever an index, a missing mark or the decoder of JPEG XL makes of odd bytes
+        raise ValueError(f"these bytes are no {codec} file, or it is cut") from error
+
+
+def _check(codec: str) -> None:
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
+    name = {"jpeg": "jpg", "jpeg2000": "jpg_2000"}.get(codec, codec)
+    if codec != "jpegxl" and not features.check(name):
+        raise ValueError(f"this Pillow was built without {codec}; install the wheel from PyPI")
+
+
+def _part(data: bytes, start: int, size: int) -> int:
+    """`size`, if there are so many bytes from `start` on."""
+    if start + size > len(data):
+        raise ValueError
+    return size
+
+
+def _jpeg(data: bytes) -> int:
+    """Marker segments; from the end of each scan's header (FF DA) its data run to the next true marker."""
+    at, total = 2, 0
+    if data[:2] != b"\xff\xd8":
+        raise ValueError
+    while data[at + 1] != 0xD9:  # until the end of the image
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at] != 0xFF or length < 2:
+            raise ValueError
+        at += 2 + length
+        if marker == 0xDA:
+            end = MARKER.search(data, at).start()  # type: ignore[union-attr]
+            at, total = end, total + end - at
+    return total
+
+
+def _webp(data: bytes) -> int:
+    """RIFF chunks: a name, a little-endian size, the data, padded to an even number of bytes."""
+    at = 12
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        raise ValueError
+    while data[at : at + 4] not in (b"VP8 ", b"VP8L"):
+        at += 8 + _part(data, at + 8, int.from_bytes(data[at + 4 : at + 8], "little")) + 1 & ~1
+    return _part(data, at + 8, int.from_bytes(data[at + 4 : at + 8], "little"))
+
+
+def _avif(data: bytes) -> int:
+    """ISO boxes: a big-endian size that counts itself, a name, the data."""
+    at = 0
+    if data[4:8] != b"ftyp":
+        raise ValueError
+    while data[at + 4 : at + 8] != b"mdat":
+        at += _part(data, at, max(8, int.from_bytes(data[at : at + 4], "big")))
+    return _part(data, at + 8, int.from_bytes(data[at : at + 4], "big") - 8)
+
+
+def _jpegxl(data: bytes) -> int:
+    """The stream does not say how long it is: only decoding shows that nothing is missing."""
+    Image.open(io.BytesIO(data), formats=["JXL"]).load()
+    return len(data) - 2
+
+
+def _jpeg2000(data: bytes) -> int:
+    """Tile-parts: from SOT (FF 90, with the tile-part's length) the headers run up to SOD (FF 93)."""
+    at, total = data.index(b"\xff\x90"), 0
+    if data[:4] != b"\xff\x4f\xff\x51":
+        raise ValueError
+    while data[at : at + 2] == b"\xff\x90":
+        length = _part(data, at, max(1, int.from_bytes(data[at + 6 : at + 10], "big")))
+        total += at + length - data.index(b"\xff\x93", at) - 2
+        at += length
+    return total
+
+
+# ----------------------------------------------------------------------------------------- the learned baseline
+
+CONTRAST = 4.0
+"""Pixels in [0, 1] are spread by this, so that what the transform sees has about unit variance, as a latent has."""
+PATCH = 4
+"""Pixels along one side of a patch: 4 x 4 pixels of three colours stand as 48 channels on the grid of SLIM's latent."""
+COLOUR = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / torch.tensor([[3.0], [2.0], [6.0]]).sqrt()
+"""Orthonormal rows: brightness and two differences. It keeps squared errors as they are, and parts the colours."""
+
+
+class PixelCodec:
+    """A mean-scale hyperprior on pixels (Minnen et al., arXiv 1809.02736), one model for all rates.
+
+    Transforms, gains, integer entropy model, range coder and header of the file are SLIM's own: a
+    `LatentCompressor` on patches of pixels in place of a latent. It differs in what it lacks: no pretrained network
+    stands around it, and the head that would learn the region of interest is switched off.
+    """
+
+    def __init__(self, compressor: LatentCompressor) -> None:
+        """Raises ValueError if the compressor is not made for patches of pixels."""
+        config = compressor.config
+        if (config.latent_channels, config.factor) != (3 * PATCH**2, PATCH):
+            raise ValueError(
+                f"a pixel codec needs a compressor with latent_channels={3 * PATCH**2} and factor={PATCH}; "
+                f"this one has {config.latent_channels} and {config.factor}"
+            )
+        self.compressor = compressor
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> PixelCodec:
+        """Load config.json and model.safetensors, strictly (see `LatentCompressor.from_pretrained` for the errors)."""
+        return cls(LatentCompressor.from_pretrained(folder, device))
+
+    def compress(self, image: Image.Image, quality: float) -> bytes:
+        """A file with the same header as a .slim stream: 7 bytes at 128 px.
+
+        Args:
+            image: RGB; its sides are filled up to multiples of 32 by repeating the last row and column.
+            quality: 0 to 1.
+        """
+        return self.encode(image, quality)[0]
+
+    def encode(self, image: Image.Image, quality: float) -> tuple[bytes, dict[str, Tensor]]:
+        """What `compress` does, and what each symbol costs in bits: "y" (128, h, w) and "h" (8, h/2, w/2)."""
+        x, coder = to_tensor(image), RangeEncoder()
+        x = F.pad(x, (0, -image.width % self._unit, 0, -image.height % self._unit), mode="replicate")
+        bits = self.compressor.compress(to_patches(x), quality, coder)
+        header = StreamHeader(self._fingerprint, quality_byte(quality), *image.size)
+        return pack(header, coder.get_bytes()), bits
+
+    def decompress(self, data: bytes) -> Image.Image:
+        """The picture that `compress` stored.
+
+        Raises:
+            StreamError: the bytes are damaged, or of other weights.
+        """
+        header, payload = unpack(data, self._fingerprint)
+        rows, columns = (-(-side // self._unit) * self._unit // PATCH for side in (header.height, header.width))
+        z_hat = self.compressor.decompress(RangeDecoder(payload), (rows, columns), header.quality / 255)
+        return to_images(from_patches(z_hat))[0].crop((0, 0, header.width, header.height))
+
+    @functools.cached_property
+    def _fingerprint(self) -> int:
+        return self.compressor.fingerprint()
+
+    @property
+    def _unit(self) -> int:
+        """Sides of what the networks see are multiples of this, in pixels."""
+        return self.compressor.config.multiple * PATCH
+
+
+def to_patches(x: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] to patches (B, 48, H/4, W/4) of brightness and two colour differences.
+
+    Squared errors grow by CONTRAST squared, and are otherwise those of the pixels.
+    """
+    return F.pixel_unshuffle(CONTRAST * torch.einsum("dc,bchw->bdhw", COLOUR.to(x.device), x - 0.5), PATCH)
+
+
+def from_patches(z: Tensor) -> Tensor:
+    """Inverse of `to_patches`, clipped to [0, 1]; differentiable."""
+    planes = F.pixel_shuffle(z, PATCH)
+    return (torch.einsum("dc,bdhw->bchw", COLOUR.to(z.device), planes) / CONTRAST + 0.5).clamp(0, 1)

@@ -1,0 +1,336 @@
+"""What is evaluated: SLIM and its ablations, the learned baseline, classic codecs, and what none of them can beat."""
+
+from __future__ import annotations
+
+import functools
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slimlib.caption import CAPTION_PRIOR, CaptionPrior
+from slimlib.codec import Decoded, SlimCodec
+from slimlib.compressor import LatentCompressor, quality_byte
+from slimlib.data.imagenet import AsPublished
+from slimlib.data.scenes import Scene
+from slimlib.entropy import RangeEncoder
+from slimlib.images import to_images, to_tensor
+from slimlib.ldm import last
+from slimlib.machines import load_machine
+from slimlib.measure.baselines import PixelCodec, decode_classic, downscale, encode_classic, payload_bytes
+from slimlib.roi import gradcam, roi_crop
+from slimlib.scales import Scale
+from slimlib.stream import FIXED_BYTES, unpack
+from slimlib.training import LORA_FILE
+from slimlib.utils import autocast
+
+SPENT = ["size", "payload", "caption", "hyper", "latent", "roi_bits", "encode_ms", "decode_ms"]
+QUALITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+TIMED = 8
+"""Scenes that also go through the codec one at a time, for the clock."""
+SLIM_FOLDERS = {
+    "SLIM": "compressor_stage2",
+    "SLIM, stage 1": "compressor",
+    "SLIM, uniform weights": "compressor_uniform",
+    "SLIM, feature matching": "compressor_features",
+    "SLIM, LoRA": "compressor_lora",
+}
+"""Methods of the family, and their folders beside the scale's compressor."""
+MAIN = ("SLIM", "SLIM, stage 1", "SLIM, uniform weights")
+PIXEL_FOLDERS = {"hyperprior": "baseline_mse", "hyperprior, machine loss": "baseline_task"}
+CLASSIC_NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jpegxl": "JPEG XL", "jpeg2000": "JPEG 2000"}
+SHRUNK = {"": 1.0, "1/2": 0.5, "1/4": 0.25}
+"""Variants of a classic codec: the picture is made smaller first, and larger after decoding (bicubic both ways)."""
+
+
+class Variant(NamedTuple):
+    """What an ablation changes: the caption ("auto", "none", "wrong", "oracle"), the steps K, the noise level t0."""
+
+    caption: str = "auto"
+    steps: int | None = None
+    t0: int | None = None
+    latent: bool = True
+
+
+VARIANTS = {
+    "": Variant(),
+    "no caption": Variant(caption="none"),
+    "wrong caption": Variant(caption="wrong"),
+    "oracle crop": Variant(caption="oracle"),
+    "no diffusion": Variant(steps=0),
+    **{f"K = {steps}": Variant(steps=steps) for steps in (1, 2, 20)},
+    **{f"t0 = {t0}": Variant(t0=t0) for t0 in (20, 50, 100, 200)},
+    "caption only": Variant(steps=20, latent=False),
+}
+"""The ablations of SLIM. K and t0 are taken as if the compressor's config said so: the files stay the same."""
+
+
+class Batch:
+    """Some scenes, also as tensors."""
+
+    def __init__(self, scenes: Sequence[Scene], indices: Sequence[int]) -> None:
+        self.indices, self.scenes = list(indices), [scenes[i] for i in indices]
+        self.images = [scene.image for scene in self.scenes]
+        self.x = to_tensor(self.images)  # (B, 3, H, W)
+        self.labels = torch.tensor([scene.label for scene in self.scenes])
+        self.mattes = torch.from_numpy(np.stack([scene.matte for scene in self.scenes]))[:, None]  # (B, 1, H, W)
+
+
+@functools.lru_cache(maxsize=64)  # a batch goes through all variants, one after the other
+def captions_of(batch: Batch, codec: SlimCodec, kind: str) -> list[str]:
+    """Captions by kind: "auto" (Grad-CAM crop), "oracle" (crop of the exact matte), "none"; or "wrong".
+
+    That is the caption of the next scene in the batch with another label, or none where all have the same.
+    """
+    count = len(batch.images)
+    if kind == "none":
+        return [""] * count
+    if kind == "wrong":
+        right, label = captions_of(batch, codec, "auto") * 2, batch.labels.tolist() * 2
+        return [next((right[j] for j in range(i, i + count) if label[j] != label[i]), "") for i in range(count)]
+    maps = batch.mattes if kind == "oracle" else gradcam(codec.machine, batch.x.to(codec.ldm.device)).cpu()
+    return codec.captioner.caption([roi_crop(image, one) for image, one in zip(batch.images, maps, strict=True)])
+
+
+@functools.lru_cache(maxsize=64)
+def files_of(batch: Batch, codec: SlimCodec, kind: str, quality: float) -> list[Decoded]:
+    """The codec's own files, read again: what is decoded is what the bytes say."""
+    pairs = zip(batch.images, captions_of(batch, codec, kind), strict=True)
+    return [codec.read(codec.compress(image, quality, caption)) for image, caption in pairs]
+
+
+@dataclass
+class Method:
+    """A codec in the evaluation."""
+
+    name: str
+    key: str  # stands for weights and pictures: results of one key are of one experiment
+    settings: list[tuple[str, float]]  # variants and qualities
+    # From a variant and a quality: the decoded pictures (B, 3, H, W) in [0, 1], and those columns of SPENT that are
+    # known, a row for each scene.
+    run: Callable[[Batch, str, float], tuple[Tensor, pd.DataFrame]]
+    codec: SlimCodec | None = None
+
+
+def slim(
+    name: str,
+    codec: SlimCodec,
+    qualities: Sequence[float] = QUALITIES,
+    variants: Sequence[str] = ("",),
+    key: str = "",
+    timed: int = TIMED,
+) -> Method:
+    """SLIM: the codec's own files, and its decoder on batches, in bfloat16 where that is fast.
+
+    Bytes depend on neither. Pixels do, a little: in bfloat16 by a quarter of a level on average, at half the time.
+    """
+
+    def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
+        change, guidance = VARIANTS[variant], codec.compressor.config.guidance
+        if not change.latent:
+            captions = captions_of(batch, codec, change.caption)
+            return _draw(codec, captions, batch.x.shape[-1], change.steps or 0), _words_alone(codec, captions)
+        files = files_of(batch, codec, change.caption, quality)
+        z_hat, report = torch.cat([file.z_hat for file in files]), files[0].report
+        captions = [file.report.caption or "" for file in files]
+        t0 = report.t0 if change.t0 is None else change.t0
+        steps = report.steps if change.steps is None else change.steps
+        walk = codec.ldm.enhance(z_hat, captions, t0, steps, [0] * len(files), guidance)
+        spent = []
+        for file, scene in zip(files, batch.scenes, strict=True):
+            bits, size = file.report.bits, file.report.size
+            parts = [bits[part] / 8 for part in ("caption", "hyper", "latent")]
+            spent.append([size, size - bits["header"] / 8, *parts, _share_inside(file.report.bit_map, scene)])
+        alone = [] if variant else batch.images[: max(0, timed - batch.indices[0])]  # the first scenes of all
+        times = pd.DataFrame([_times(codec, image, quality) for image in alone], columns=SPENT[6:])
+        return _decode(codec, walk, z_hat), pd.DataFrame(spent, columns=SPENT[:6]).join(times)
+
+    settings = [(variant, q) for variant in variants for q in (qualities if VARIANTS[variant].latent else (0.0,))]
+    return Method(name, key, settings, run, codec)
+
+
+def pixels(name: str, codec: PixelCodec, qualities: Sequence[float] = QUALITIES, key: str = "") -> Method:
+    """The learned baseline: a hyperprior on pixels."""
+
+    def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
+        def parts(file: tuple[bytes, dict[str, Tensor]], scene: Scene) -> list[float]:
+            data, bits = file
+            hyper, latent = (float(bits[part].sum()) / 8 for part in "hy")
+            return [len(data), len(unpack(data)[1]), 0, hyper, latent, _share_inside(bits["y"].sum(0).numpy(), scene)]
+
+        return _one_by_one(batch, lambda x: codec.encode(x, quality), lambda file: codec.decompress(file[0]), parts)
+
+    return Method(name, key, [("", quality) for quality in qualities], run)
+
+
+def classic(codec: str, qualities: Sequence[int] = (1, 20, 40, 60, 80), key: str = "") -> Method:
+    """A classic codec, at full size and with downscaling first."""
+
+    def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
+        def encode(image: Image.Image) -> bytes:
+            return encode_classic(downscale(image, SHRUNK[variant]), codec, int(quality))
+
+        def parts(data: bytes, scene: Scene) -> list[float]:
+            return [len(data), payload_bytes(data, codec), *[math.nan] * 4]
+
+        return _one_by_one(batch, encode, lambda data: decode_classic(data, batch.images[0].size), parts)
+
+    return Method(CLASSIC_NAMES[codec], key, [(variant, q) for variant in SHRUNK for q in qualities], run)
+
+
+def ceiling(codec: SlimCodec, key: str = "") -> Method:
+    """What no codec here can beat: the pictures themselves, and what the VAE alone makes of them."""
+
+    def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
+        x = _whole_levels(codec.ldm.decode(codec.ldm.encode(batch.x).float())) if variant else batch.x
+        return x, pd.DataFrame()
+
+    return Method("uncompressed", key, [("", 0.0), ("VAE", 0.0)], run)
+
+
+def open_machines(scale: Scale, device: str | torch.device | None = None, published: bool = False) -> dict[str, Any]:
+    """The machines of a scale by their names, "a" and "b"; `published`: they look at ImageNet as their makers did."""
+    machines = {name: load_machine(getattr(scale, f"machine_{name}"), device) for name in "ab"}
+    return {name: AsPublished(one) for name, one in machines.items()} if published else dict(machines)
+
+
+def open_codec(
+    scale: Scale | Path, name: str, like: SlimCodec | None = None, device: Any = None, dtype: Any = torch.float32
+) -> SlimCodec:
+    """The codec of `SLIM_FOLDERS`[name] at a scale, or in a folder like assets/pocket; `like` lends its other parts."""
+    scale = scale if isinstance(scale, Scale) else Scale.from_name(scale)
+    folder = Path(scale.compressor).parent / SLIM_FOLDERS[name]
+    if like is None or (folder / "unet_lora").is_dir():
+        codec = SlimCodec.from_pretrained(replace(scale, compressor=str(folder)), device, exact=False, dtype=dtype)
+        if (folder / "unet_lora").is_dir():
+            codec.ldm.unet.load_lora_adapter(folder / "unet_lora", prefix=None, weight_name=LORA_FILE)
+        return codec
+    own, prior = LatentCompressor.from_pretrained(folder, like.ldm.device), CaptionPrior.load(folder / CAPTION_PRIOR)
+    return SlimCodec(like.ldm, own, prior, like.captioner, like.machine, exact=False)
+
+
+def _draw(codec: SlimCodec, captions: list[str], size: int, steps: int, guidance: float = 4.0) -> Tensor:
+    """Pictures from captions alone: from pure noise, as the stock pipeline draws (another seed each)."""
+    ldm = codec.ldm
+    z = torch.zeros(len(captions), ldm.latent_channels, size // ldm.factor, size // ldm.factor)
+    prompts = [f"a photo of {caption}" if caption else "" for caption in captions]
+    noise = ldm.scheduler.config.num_train_timesteps - 1
+    return _decode(codec, ldm.enhance(z, prompts, noise, steps, range(1, 1 + len(z)), guidance), z)
+
+
+def _decode(codec: SlimCodec, walk: Iterator[Tensor], z: Tensor) -> Tensor:
+    with autocast(codec.ldm.device, cpu=True):
+        return _whole_levels(codec.ldm.decode(last(walk, z)))
+
+
+def _words_alone(codec: SlimCodec, captions: list[str]) -> pd.DataFrame:
+    """What files would take that hold a header and a caption."""
+    coders = [RangeEncoder() for _ in captions]
+    for coder, caption in zip(coders, captions, strict=True):
+        if caption and codec.prior:
+            codec.prior.encode(coder, caption)
+    spent = [(FIXED_BYTES + len(c.get_bytes()), len(c.get_bytes()), c.bits / 8, 0, 0) for c in coders]
+    return pd.DataFrame(spent, columns=SPENT[:5])
+
+
+def _times(codec: SlimCodec, image: Image.Image, quality: float) -> tuple[float, float]:
+    """Milliseconds of one picture through the codec's front door."""
+    exact, codec.exact = codec.exact, True
+    stream, encode_ms = clocked(codec.compress, image, quality)
+    _, decode_ms = clocked(codec.decompress, stream)
+    codec.exact = exact
+    return encode_ms, decode_ms
+
+
+def _one_by_one(
+    batch: Batch, encode: Callable[[Image.Image], Any], decode: Callable[[Any], Image.Image], parts: Callable[..., list]
+) -> tuple[Tensor, pd.DataFrame]:
+    pictures, spent = [], []
+    for scene in batch.scenes:
+        file, encode_ms = clocked(encode, scene.image)
+        picture, decode_ms = clocked(decode, file)
+        pictures.append(picture)
+        spent.append([*parts(file, scene), encode_ms, decode_ms])
+    return to_tensor(pictures), pd.DataFrame(spent, columns=SPENT)
+
+
+def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What a function returns, and the milliseconds that it took."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, 1000 * (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.5, repeats: int = 3) -> pd.DataFrame:
+    """Encoding and decoding against the bare forward passes of the networks that they need, in one run on one thread.
+
+    Everything is timed on every scene, `repeats` times over, in turns. Other programs can only lengthen a time, so the
+    shortest of a scene's counts; what is reported is the mean over the scenes.
+
+    Returns:
+        what, value, unit: "encode" and "decode", their parts, the sum of these, how many times that the whole takes;
+        and the peak memory of the process.
+    """
+    ldm, model, config = codec.ldm, codec.compressor, codec.compressor.config
+    exact, threads, taken = codec.exact, torch.get_num_threads(), []
+    codec.exact = True
+    torch.set_num_threads(1)
+
+    def clock(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        result, milliseconds = clocked(function, *arguments)
+        taken.append((what, milliseconds))
+        return result
+
+    def walk(z: Tensor, text: Tensor) -> None:
+        for t in ldm.times(config.t0(quality), config.steps)[:-1]:
+            ldm.predict(z, t, text, config.guidance)
+
+    byte = torch.tensor([quality_byte(quality)], device=ldm.device)
+    codec.decompress(codec.compress(scenes[0].image, quality))  # loads what is loaded on first use
+    for scene in list(scenes) * repeats:
+        x = to_tensor(scene.image).to(ldm.device)
+        stream = clock("encode", codec.compress, scene.image, quality)
+        clock("decode", codec.decompress, stream)
+        z = clock("encode: VAE encoder", ldm.encode, x).float()
+        cam = clock("encode: machine A, forward and back (Grad-CAM)", gradcam, codec.machine, x)
+        captions = clock("encode: captioner", codec.captioner.caption, [roi_crop(scene.image, cam)])
+        coded = clock("encode: compressor's encoder", model.code, z, byte)
+        clock("decode: compressor's integer network", model.net.exact, int(byte), torch.zeros_like(coded["h_symbols"]))
+        decoder = (coded["y_hat"], coded["index"], coded["fineness"], byte)
+        z_hat = clock("decode: compressor's decoder", model.synthesise, *decoder)
+        text = clock("decode: text encoder", ldm.text, captions)
+        clock(f"decode: UNet, {config.steps} steps", walk, z_hat, text)
+        clock("decode: VAE decoder", ldm.decode, z_hat)
+    codec.exact = exact
+    torch.set_num_threads(threads)
+    groups = pd.DataFrame(taken, columns=["what", "ms"]).groupby("what", sort=False)["ms"]
+    means = groups.agg(lambda ms: ms.to_numpy().reshape(repeats, -1).min(0).mean())
+    lines = [(what, value, "ms") for what, value in means.items()]
+    for side in ("encode", "decode"):
+        bare = means[means.index.str.startswith(f"{side}: ")].sum()
+        lines += [(f"{side}: all of these", bare, "ms"), (f"{side}: against these", means[side] / bare, "times")]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return pd.DataFrame([*lines, ("peak memory of the process", peak, "MB")], columns=["what", "value", "unit"])
+
+
+def _share_inside(bit_map: np.ndarray, scene: Scene) -> float:
+    """Share of the bits of a map (rows, columns) that lie inside the region of interest, by area of each cell."""
+    return float((bit_map * scene.mask(*bit_map.shape)).sum()) / max(float(bit_map.sum()), 1e-9)
+
+
+def _whole_levels(x: Tensor) -> Tensor:
+    """Rounded to whole levels, as pictures are."""
+    return to_tensor(to_images(x.float()))

