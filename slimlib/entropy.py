@@ -278,6 +278,7 @@ class IntegerNet(nn.Module):
         return tuple(t.long() for t in found)
 
     @torch.no_grad()
+    @torch.no_grad()
     def check(self) -> None:
         """Raise ValueError unless every partial sum stays an exact integer in float64 (rule 1 above)."""
         # No weights make more than 2**41 and the bias, 9 * 2**10 terms of 2**27; this is the bound of those at hand.
