@@ -13,6 +13,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that spin while they wait take minutes
 
 TINY_CLASSES = ["red fox", "banana", "violin", "lion", "tulip", "bus"]
 """The labels of the two machines of `tiny_world`, in the order of their outputs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -208,7 +209,6 @@ def test_files_are_the_codecs_own(codec: SlimCodec, batch: Batch) -> None:
     inside = [report.bit_map * scene.mask(4, 4) for report, scene in zip(reports, batch.scenes, strict=True)]
     shares = [part.sum() / report.bit_map.sum() for part, report in zip(inside, reports, strict=True)]
     assert spent.roi_bits.tolist() == pytest.approx(shares) and 0.05 < min(shares) and max(shares) < 0.6
-    assert (spent[TIMES][:2] > 1).all(axis=None) and spent[TIMES][2:].isna().all(axis=None) and not codec.exact
     decoded = to_tensor([codec.decompress(stream) for stream in streams])
     assert (x_hat - decoded).abs().mean() < 1 / 255 and torch.equal(255 * x_hat, (255 * x_hat).round())
 
@@ -301,6 +301,20 @@ def test_classic_codecs(batch: Batch) -> None:
         assert spent.payload.tolist() == [payload_bytes(file, "webp") for file in files]
         assert spent[SPENT[2:6]].isna().all(axis=None) and (spent[TIMES] > 0).all(axis=None)
         assert torch.equal(x_hat, to_tensor([decode_classic(file, (64, 64)) for file in files]))
+
+
+def test_each_side_has_its_time(codec: SlimCodec, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, exact = itertools.cycle((1.0, 2.0)), []
+
+    def clocked(function: Callable, *arguments: Any) -> tuple[Any, float]:
+        exact.append(codec.exact)
+        return function(*arguments), next(turns)
+
+    monkeypatch.setattr(methods, "clocked", clocked)
+    for method, taken in ((methods.slim("SLIM", codec, timed=2), 2), (methods.classic("webp"), 5)):
+        times = method.run(batch, "", 0.6)[1][TIMES]
+        assert times[:taken].eq([1, 2]).all(axis=None) and times[taken:].isna().all(axis=None)
+    assert exact[:4] == [True] * 4 and not codec.exact, "one picture on one thread"
 
 
 def test_ceilings(codec: SlimCodec, batch: Batch) -> None:

@@ -127,7 +127,7 @@ def test_weights_share_one_diffusion_model_and_a_picture_is_encoded_once(
     models: Explorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ldm, calls = models.codec("stage 1").ldm, []
-    assert models.codec("uniform").ldm is ldm
+    assert models.codec("uniform").ldm is ldm and models.codec("stage 1").exact
     encode = ldm.vae.encode
     monkeypatch.setattr(ldm.vae, "encode", lambda x: calls.append(1) or encode(x))
     files = [models.compress(Settings(scene, quality)) for scene, quality in ((8, 0.2), (8, 0.6), (9, 0.2), (8, 0.2))]
@@ -238,16 +238,18 @@ def test_what_is_no_photograph_is_refused_in_words(models: Explorer, data: bytes
 # ---- the worker
 
 
-def test_the_newest_job_wins_and_nothing_old_follows() -> None:
+@pytest.mark.parametrize("already", [[], ["first"]])
+def test_the_newest_job_wins_and_of_an_old_one_only_its_first_result_is_shown(already: list[str]) -> None:
     seen: list[tuple[int, Any]] = []
     started, go = threading.Event(), threading.Event()
     worker = Newest(lambda number, result: seen.append((number, result)))
 
     def slow() -> Iterator[str]:
+        yield from already
         started.set()
         go.wait(10)
-        yield "first"
-        yield "late"
+        yield "first" if not already else "late"
+        yield "later"
 
     worker.submit(slow)
     assert started.wait(10)
@@ -293,6 +295,10 @@ def test_the_first_page_is_complete_at_once(page: Page) -> None:
     assert f"same {page.view.report.size} bytes" in page.within.value and set(page.answered) == {"before", "after"}
     assert "43: a red fox" in page.figures["original"].value and "white: object" in page.figures["original"].value
     assert [("slim-on" in thumb._dom_classes) for thumb in page.thumbs] == [True] + [False] * 11
+    for name, guesses in page.view.guesses.items():
+        for machine, ((first, _), *_) in guesses.items():
+            mark = "✓" if first == page.view.source.truth else "✗"
+            assert f"{machine}: <span" in page.figures[name].value and f"{mark} {first}" in page.figures[name].value
     assert page.top5.value.count("<td>") == 30 and "%</span>" in page.top5.value and "–" not in page.top5.value
 
 

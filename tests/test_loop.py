@@ -73,7 +73,7 @@ def checkpoint(folder: Path) -> dict:
 @pytest.mark.parametrize(("accumulate", "ema", "grouped"), [(1, 0.0, False), (3, 0.8, True)])
 def test_it_is_this_loop(tmp_path: Path, accumulate: int, ema: float, grouped: bool) -> None:
     """Written out in plain PyTorch on the batches that were drawn; the loss of one of them is not finite."""
-    config = replace(CONFIG, steps=12, warmup=4, accumulate=accumulate, ema=ema, clip=0.5, weight_decay=0.3, beta2=0.9)
+    config = replace(CONFIG, steps=12, warmup=4, accumulate=accumulate, ema=ema, clip=3.0, weight_decay=0.3, beta2=0.9)
     batches: list[Tensor] = []
 
     def loss(networks: dict) -> loop.Losses:
@@ -104,7 +104,7 @@ def test_it_is_this_loop(tmp_path: Path, accumulate: int, ema: float, grouped: b
         drawn = batches[step * accumulate :][:accumulate]
         total = sum(error_of(theirs, x) * (np.nan if x is batches[7] else 1) for x in drawn) / accumulate
         total.backward()
-        if nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).isfinite():
+        if nn.utils.clip_grad_norm_(theirs.parameters(), 3.0).isfinite():
             optimizer.step()
             now = torch.cat([p.detach().flatten() for p in theirs.parameters()])
             average = now if average is None or not ema else ema * average + (1 - ema) * now
@@ -141,15 +141,13 @@ def test_resumed_in_halves_equals_one_go(tmp_path: Path, settings: dict) -> None
         run(tmp_path / "parts", max_seconds=0.0, **options)  # stops after one step
         assert checkpoint(tmp_path / "parts")["step"] == done
         torch.manual_seed(123)  # what happens in between does not matter
+    torch.save({**checkpoint(tmp_path / "parts"), "seconds": 1000.0}, tmp_path / "parts/checkpoint.pt")
     for _ in range(2):  # what is done is done
         assert equal(whole, run(tmp_path / "parts", **options))
     for name, steps in (("log.csv", [4, 6]), ("curve.csv", [2, 4, 6])):
         one, other = (pd.read_csv(tmp_path / run / name) for run in ("whole", "parts"))
         pd.testing.assert_frame_equal(one.drop(columns="seconds"), other.drop(columns="seconds"))
-        assert list(one["step"]) == steps and other["seconds"].is_monotonic_increasing
-    assert checkpoint(tmp_path / "parts")["seconds"] > checkpoint(tmp_path / "whole")["seconds"] / 2, (
-        "the clock goes on"
-    )
+        assert list(one["step"]) == steps and other["seconds"].iloc[-1] >= 1000, "the clock goes on"
 
 
 def test_a_crash_loses_the_steps_since_the_checkpoint_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_the_interval_is_that_of_resampling() -> None:
 
 
 def test_the_frontier_rises_strictly() -> None:
-    rates, accuracies = [3, 1, 2, 4, 2, 5], [60, 50, 40, 60, 55, 70]
+    rates, accuracies = [3, 1, 2, 4, 2, 5, 1], [60, 50, 40, 60, 55, 70, 45]
     assert frontier(rates, accuracies).tolist() == [[1, 2, 3, 5], [50, 55, 60, 70]]
 
 
