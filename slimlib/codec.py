@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior, normalise
 from slimlib.compressor import LatentCompressor, quality_byte
-from slimlib.entropy import FrequencyTable, RangeDecoder, RangeEncoder
+from slimlib.entropy import RangeDecoder, RangeEncoder
 from slimlib.images import MAX_PIXELS, Picture, as_rgb, to_images, to_tensor
 from slimlib.ldm import LatentDiffusion, last
 from slimlib.machines import Machine, load_machine
@@ -203,7 +203,7 @@ class SlimCodec:
         picture, byte, coder = as_rgb(image, self.max_pixels), quality_byte(quality), RangeEncoder()
         diffusion = self._unusual(byte / 255, t0, steps)
         with _threads(self.exact), torch.no_grad():
-            words = self._look(picture) if caption == "auto" else normalise(caption or "")
+            words = self.look(picture)[1] if caption == "auto" else normalise(caption or "")
             if words:
                 self._prior().encode(coder, words)
             z = self.ldm.encode(self._pad(to_tensor(picture))).float()
@@ -230,7 +230,12 @@ class SlimCodec:
         """What a stream holds, and what its parts cost; raises as `decompress` does."""
         return self.read(stream).report
 
-    # ---- the decoder's two halves
+    # ---- the steps inside
+
+    def look(self, picture: Image.Image) -> tuple[Tensor, str]:
+        """Where machine A looks in an RGB picture, (1, H, W) in [0, 1], and the captioner's words for that region."""
+        cam = gradcam(self.machine, to_tensor(picture).to(self.ldm.device))[0]
+        return cam, self.captioner.caption([roi_crop(picture, cam)])[0]
 
     def read(self, stream: bytes) -> Decoded:
         """Undo the entropy coding and the compressor only: the latent as it enters the diffusion."""
@@ -240,13 +245,13 @@ class SlimCodec:
             raise StreamError(f"The stream asks for t0 = {header.t0}; this diffusion model ends at {latest}.")
         if header.steps is not None and header.steps > MAX_STEPS:
             raise StreamError(f"The stream asks for {header.steps} denoising steps; {MAX_STEPS} is the limit.")
-        coder, quality = _Meter(payload), header.quality / 255
+        coder, quality = RangeDecoder(payload), header.quality / 255
         caption = self._prior().decode(coder) if header.caption else ""
         bits = {"header": 8.0 * (len(stream) - len(payload)), "caption": coder.bits}
         rows, columns = (side // self.ldm.factor for side in self._padded(header.height, header.width))
         with _threads(self.exact), torch.no_grad():
             z_hat = self.compressor.decompress(coder, (rows, columns), quality).clone()  # out of inference mode
-        h_bits, y_bits = coder.spent
+        h_bits, y_bits = coder.spent  # in the order of the stream
         bits |= {"hyper": float(h_bits.sum()), "latent": float(y_bits.sum())}
         bits["rounding"] = 8.0 * len(stream) - sum(bits.values())
         report = StreamReport(
@@ -271,11 +276,6 @@ class SlimCodec:
         return self.ldm.enhance(decoded.z_hat, words, report.t0, steps, [report.seed], guidance, batched)
 
     # ---- helpers
-
-    def _look(self, picture: Image.Image) -> str:
-        """What the captioner says about the region of interest."""
-        cam = gradcam(self.machine, to_tensor(picture).to(self.ldm.device))
-        return self.captioner.caption([roi_crop(picture, cam)])[0]
 
     def _unusual(self, quality: float, t0: int | None, steps: int | None) -> dict[str, int]:
         """What the header has to say about the enhancement: nothing if it is what the compressor's config says."""
@@ -306,19 +306,6 @@ class SlimCodec:
         if self._scale is None:
             raise ValueError(f'this codec has no {what}: give it one, type a caption, or use caption=None, not "auto"')
         return self._scale
-
-
-class _Meter(RangeDecoder):
-    """A range decoder that notes what each symbol cost: first the hyper-latent's, then the latent's."""
-
-    def __init__(self, data: bytes):
-        super().__init__(data)
-        self.spent: list[np.ndarray] = []
-
-    def decode_table(self, rows: np.ndarray, table: FrequencyTable) -> np.ndarray:
-        symbols = super().decode_table(rows, table)
-        self.spent.append(RangeEncoder().encode_table(symbols, rows, table))  # coding again tells the price
-        return symbols
 
 
 @contextlib.contextmanager

@@ -101,21 +101,28 @@ class RangeEncoder:
 
 
 class RangeDecoder:
-    """Mirror of `RangeEncoder`. Damaged bytes give wrong symbols or `StreamError`, no hang, no crash."""
+    """Mirror of `RangeEncoder`. Damaged bytes give wrong symbols or `StreamError`, no hang, no crash.
+
+    `bits` counts as the encoder's does; `spent` holds what each symbol of a table cost, an array (n,) a call.
+    """
 
     def __init__(self, data: bytes) -> None:
         words = np.frombuffer(data + bytes(-len(data) % 4), dtype=">u4").astype(np.uint32)
         self._coder = constriction.stream.queue.RangeDecoder(words)
-        self.bits = 0.0
+        self.bits, self.spent = 0.0, list[np.ndarray]()
 
     def decode_table(self, rows: np.ndarray, table: FrequencyTable) -> np.ndarray:
         """Take as many integers as there are `rows` (n,); returns int64 (n,)."""
         rows = np.asarray(rows).ravel()
         coded = self._decode(table.rows[rows])
-        self.bits += float(table.bits[rows, coded].sum())
+        bits = table.bits[rows, coded]
+        self.bits += float(bits.sum())
         symbols = _zigzag(table.bound + 1)[coded]
         for i in np.flatnonzero(coded == 2 * table.bound + 1):
+            before = self.bits
             symbols[i] = self._escape(table.bound)
+            bits[i] += self.bits - before
+        self.spent.append(bits)
         return symbols
 
     def decode_categorical(self, pmf_int: Sequence[int] | np.ndarray) -> int:

@@ -143,7 +143,7 @@ def fit(
             if main:
                 _append(folder / "log.csv", {"step": done, "seconds": round(seconds, 1), **means, "rate": rate})
         if probe and main and (done % config.probe_every == 0 or ended):
-            with torch.random.fork_rng(), torch.no_grad():
+            with torch.no_grad():  # what it draws harms nothing: every batch seeds anew
                 seen = {name: averages[name].module if averages else module for name, module in modules.items()}
                 figures = probe({name: module.eval() for name, module in seen.items()})
             _append(folder / "curve.csv", {"step": done, "seconds": round(seconds, 1), **figures})

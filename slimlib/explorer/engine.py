@@ -25,13 +25,13 @@ from torch import Tensor
 
 from slimlib.codec import SlimCodec, StreamReport
 from slimlib.data.scenes import CLASSES, PocketScenes
-from slimlib.images import as_rgb, to_images, to_tensor
+from slimlib.images import as_rgb, to_images
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
 from slimlib.measure import plots
 from slimlib.measure.baselines import CODECS, SCALES, PixelCodec, decode_classic, downscale, encode_classic
 from slimlib.measure.methods import CLASSIC_NAMES, PIXEL_FOLDERS, SLIM_FOLDERS, open_codec
-from slimlib.roi import Box, gradcam, roi_box, roi_crop
+from slimlib.roi import Box, roi_box
 from slimlib.scales import ASSETS, Scale
 from slimlib.stream import unpack
 
@@ -254,9 +254,7 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
     def _source(
         self, name: str, image: Image.Image, matte: np.ndarray | None = None, truth: str | None = None
     ) -> Source:
-        codec = self.codec(self.weights[0])
-        cam = gradcam(codec.machine, to_tensor(image).to(codec.ldm.device))[0]
-        words = codec.captioner.caption([roi_crop(image, cam)])[0]
+        cam, words = self.codec(self.weights[0]).look(image)
         return Source(name, image, roi_picture(image, roi_box(cam), matte), truth, words, self.guess(image))
 
     @torch.inference_mode()
