@@ -27,7 +27,7 @@ def main() -> None:
         scene = test[index]
         stream = codec.compress(scene.image, QUALITY)
         report = codec.inspect(stream)
-        webp, webp_image = nearest_size(scene.image, "webp", len(stream), downscale=True)
+        webp, webp_image = nearest_size(scene.image, "webp", len(stream))
         decoded = codec.decompress(stream)
         plots.show(row[0], scene.image, f"a scene of {CLASSES[scene.label]!r}")
         plots.show_map(row[1], scene.image, report.bit_map, "where the bits went")

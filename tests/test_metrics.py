@@ -26,7 +26,6 @@ def test_the_interval_is_that_of_resampling() -> None:
     picks = np.random.default_rng(3).integers(150, size=(4_000, 150))
     resampled = 100 * np.quantile(hits[picks].mean(1), [0.025, 0.975])
     assert np.allclose(interval(hits, draws=4_000), resampled, atol=1.4)
-    assert np.allclose(interval(hits, level=0.5), 100 * np.quantile(hits[picks].mean(1), [0.25, 0.75]), atol=1.4)
 
 
 def test_the_frontier_rises_strictly() -> None:
@@ -84,7 +83,7 @@ def curve(sizes: list[float], shares: list[float], scenes: int = 200) -> pd.Data
     order = np.random.default_rng(0).permutation(200)[:scenes]
     return pd.concat(
         pd.DataFrame({"method": "m", "variant": "", "quality": q, "scene": range(scenes), "size": size}).assign(
-            payload=0.7 * size, top1_b=order < 200 * share, top1_a=order < 100 * share
+            top1_b=order < 200 * share, top1_a=order < 100 * share
         )
         for q, (size, share) in enumerate(zip(sizes, shares, strict=True))
     )
@@ -100,9 +99,6 @@ def test_comparing_with_a_paired_bootstrap() -> None:
     assert -51 < delta["bd_rate_low"] <= -50 <= delta["bd_rate_high"] < -49
     assert 10 < delta["bd_accuracy_low"] < delta["bd_accuracy"] < delta["bd_accuracy_high"] < 24
     assert compare(anchor, test, "a", draws=2)["to_accuracy"] == 42.5
-    # Without its headers a side is smaller.
-    bare = [compare(anchor, test, "b", sides, draws=2)["bd_rate"] for sides in ((True, False), (False, True))]
-    assert bare == pytest.approx([100 * (0.5 / 0.7 - 1), -65])
     fewer = compare(anchor, curve(sizes, shares, scenes=150), draws=2)
     assert fewer["scenes"] == 150 and fewer["bd_rate"] == pytest.approx(0), "scenes that both have"
 

@@ -21,7 +21,7 @@ def image() -> Image.Image:
 def test_everything_draws_with_the_style(image: Image.Image) -> None:
     with plt.style.context(ASSETS / "slim.mplstyle"):
         before = dict(mpl.rcParams)
-        figure, axes = plt.subplots(2, 4)
+        figure, axes = plt.subplots(3, 4)
         returned = plots.image_row(axes[0], image, np.ones((8, 12)), Image.new("RGB", image.size))
         assert [ax.get_title(loc="left") for ax in returned] == ["original", "region of interest", "decoded", "error"]
         shown = [ax.images[-1].get_array() for ax in returned]
@@ -46,14 +46,16 @@ def test_everything_draws_with_the_style(image: Image.Image) -> None:
         assert line.get_linestyle() == "--" and line.get_xydata() == pytest.approx(np.array([[0.1, 60], [0.2, 80]]))
         assert ax[3].collections[0].get_datalim(ax[3].transData).extents == pytest.approx([0.1, 50, 0.2, 90])
         dots = {"SLIM": (50.0, 40.0, 60.0), "no caption": (45.0, 36.0, 55.0)}
-        assert plots.interval_dots(axes[0, 0], dots, "Top-1 accuracy [%]", "SLIM") is axes[0, 0]
-        assert [text.get_text() for text in axes[0, 0].get_yticklabels()] == list(dots)
-        assert axes[0, 0].get_ylim()[0] > axes[0, 0].get_ylim()[1], "the first is on top"
-        drawn = [line.get_xdata() for line in axes[0, 0].lines]
-        assert [list(x) for x in drawn] == [[40, 60], [50], [50, 50], [36, 55], [45]]
+        assert plots.interval_dots(axes[2, 0], dots, "Top-1 accuracy [%]", "SLIM") is axes[2, 0]
+        assert [text.get_text() for text in axes[2, 0].get_yticklabels()] == list(dots)
+        assert axes[2, 0].get_ylim()[0] > axes[2, 0].get_ylim()[1], "the first is on top"
+        assert [50, 50] in [list(line.get_xdata()) for line in axes[2, 0].lines], "a line through the reference"
+        ends = [bars.get_segments()[0][:, 0].tolist() for bars in axes[2, 0].collections]
+        assert ends == [[40, 60], [36, 55]]
         assert plots.log_rate(ax[3]) is ax[3]
-        assert [tick.get_text() for tick in ax[3].get_xticklabels()] in (["0.1"], [])  # 0.3 is beyond the curve
         figure.canvas.draw()
+        ax[3].set_xlim(0.02, 2)
+        assert [tick.get_text() for tick in ax[3].get_xticklabels()][-5:-1] == ["0.1", "0.3", "1", "3"]
         assert dict(mpl.rcParams) == before
         plt.close(figure)
 

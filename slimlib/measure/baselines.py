@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import io
-import re
 from bisect import bisect_left
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
 import torch
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image
 from torch import Tensor
 
 from slimlib.compressor import LatentCompressor, quality_byte
@@ -30,9 +29,7 @@ from slimlib.stream import StreamHeader, pack, unpack
 
 CODECS = ("jpeg", "webp", "avif", "jpegxl", "jpeg2000")
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-"""Sizes that `nearest_size` tries when it may downscale."""
-MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
-"""What ends a JPEG's scan: FF 00 is a stuffed byte, and FF D0 to D7 restart it."""
+"""Sizes that `nearest_size` tries, as a share of the picture's sides."""
 
 # ------------------------------------------------------------------------------------------- the classic codecs
 
@@ -46,11 +43,10 @@ def encode_classic(image: Image.Image, codec: str, quality: int) -> bytes:
         quality: 0 to 100, as the codec understands it; for JPEG 2000 it sets the PSNR aimed at, 15 to 50 dB.
 
     Raises:
-        ValueError: no such codec or quality, or this Pillow was built without it.
+        ValueError: no such codec or quality.
     """
-    _check(codec)
-    if not 0 <= quality <= 100:
-        raise ValueError(f"quality is {quality}; expected 0 to 100")
+    if codec not in CODECS or not 0 <= quality <= 100:
+        raise ValueError(f"codec {codec!r}, quality {quality}: expected one of {', '.join(CODECS)}, and 0 to 100")
     decibels = {"quality_mode": "dB", "quality_layers": [15 + 0.35 * quality]}
     options: dict = {
         "jpeg": {"format": "JPEG", "quality": max(1, quality), "optimize": True},
@@ -80,25 +76,13 @@ def downscale(image: Image.Image, scale: float) -> Image.Image:
     return image.resize(sides, Image.Resampling.BICUBIC)
 
 
-def nearest_size(
-    image: Image.Image, codec: str, target_bytes: int, downscale: bool = False
-) -> tuple[bytes, Image.Image]:
-    """The file whose size comes nearest to a budget, and what it decodes to, at the original size.
+def nearest_size(image: Image.Image, codec: str, target_bytes: int) -> tuple[bytes, Image.Image]:
+    """The file whose size comes nearest to a budget of bytes, headers and all, and what it shows, at the original size.
 
-    Args:
-        image: RGB.
-        codec: one of `CODECS`.
-        target_bytes: the budget, headers and all. The codec may be unable to go so low: see what comes back.
-        downscale: may encode a smaller picture and enlarge it after decoding (bicubic both ways; the size to
-            enlarge to is not counted). Of the sizes that come within 10% of the budget, the one with the
-            least squared error; if none does, the nearest.
-
-    Raises:
-        ValueError: as for `encode_classic`, or a budget below one byte.
+    It may hold a smaller picture that is enlarged again. Of the sizes that come within 10% of the budget, the one with
+    the least squared error; if none does (the codec may be unable to go so low), the nearest.
     """
-    if target_bytes < 1:
-        raise ValueError(f"the budget is {target_bytes} bytes; expected at least 1")
-    candidates = [_nearest_quality(image, codec, target_bytes, s) for s in (SCALES if downscale else (1.0,))]
+    candidates = [_nearest_quality(image, codec, target_bytes, scale) for scale in SCALES]
     fitting = [c for c in candidates if abs(len(c[0]) - target_bytes) <= 0.1 * target_bytes]
     if not fitting:
         return min(candidates, key=lambda c: abs(len(c[0]) - target_bytes))
@@ -108,96 +92,31 @@ def nearest_size(
 
 def _nearest_quality(image: Image.Image, codec: str, target: int, scale: float) -> tuple[bytes, Image.Image]:
     """Bisection over the quality, then the nearest of the neighbours (sizes are not quite monotone)."""
-    small = downscale(image, scale)
-    encode = functools.cache(lambda quality: encode_classic(small, codec, quality))
+    encode = functools.cache(functools.partial(encode_classic, downscale(image, scale), codec))
     at = bisect_left(range(100), target, key=lambda quality: len(encode(quality)))
-    best = min((encode(q) for q in range(max(0, at - 2), min(100, at + 1) + 1)), key=lambda d: abs(len(d) - target))
+    best = min(map(encode, range(max(0, at - 2), min(100, at + 1) + 1)), key=lambda data: abs(len(data) - target))
     return best, decode_classic(best, image.size)
 
 
 def payload_bytes(data: bytes, codec: str) -> int:
-    """Bytes of a file that hold the picture itself: no headers, no tables, no container.
+    """Bytes of a file from `encode_classic` that hold the picture itself: no headers, no tables, no container.
 
-    JPEG: the entropy-coded scans. WebP: the VP8 chunk. AVIF: the `mdat` box. JPEG 2000: the tile-parts' data.
+    JPEG: the scan. WebP: the VP8 chunk. AVIF: the `mdat` box. JPEG 2000: what follows the headers of its one tile-part.
     JPEG XL: all but the two bytes of its signature; what else it says ahead of the picture takes a few bits.
-
-    Raises:
-        ValueError: the bytes are no file of that codec.
     """
-    _check(codec)
-    try:
-        return {"jpeg": _jpeg, "webp": _webp, "avif": _avif, "jpegxl": _jpegxl, "jpeg2000": _jpeg2000}[codec](data)
-    except Exception as error:  # whatever an index, a missing mark or the decoder of JPEG XL makes of odd bytes
-        raise ValueError(f"these bytes are no {codec} file, or it is cut") from error
-
-
-def _check(codec: str) -> None:
-    if codec not in CODECS:
-        raise ValueError(f"unknown codec {codec!r}: expected one of {', '.join(CODECS)}")
-    name = {"jpeg": "jpg", "jpeg2000": "jpg_2000"}.get(codec, codec)
-    if codec != "jpegxl" and not features.check(name):
-        raise ValueError(f"this Pillow was built without {codec}; install the wheel from PyPI")
-
-
-def _part(data: bytes, start: int, size: int) -> int:
-    """`size`, if there are so many bytes from `start` on."""
-    if start + size > len(data):
-        raise ValueError
-    return size
-
-
-def _jpeg(data: bytes) -> int:
-    """Marker segments; from the end of each scan's header (FF DA) its data run to the next true marker."""
-    at, total = 2, 0
-    if data[:2] != b"\xff\xd8":
-        raise ValueError
-    while data[at + 1] != 0xD9:  # until the end of the image
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at] != 0xFF or length < 2:
-            raise ValueError
-        at += 2 + length
-        if marker == 0xDA:
-            end = MARKER.search(data, at).start()  # type: ignore[union-attr]
-            at, total = end, total + end - at
-    return total
-
-
-def _webp(data: bytes) -> int:
-    """RIFF chunks: a name, a little-endian size, the data, padded to an even number of bytes."""
-    at = 12
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
-        raise ValueError
-    while data[at : at + 4] not in (b"VP8 ", b"VP8L"):
-        at += 8 + _part(data, at + 8, int.from_bytes(data[at + 4 : at + 8], "little")) + 1 & ~1
-    return _part(data, at + 8, int.from_bytes(data[at + 4 : at + 8], "little"))
-
-
-def _avif(data: bytes) -> int:
-    """ISO boxes: a big-endian size that counts itself, a name, the data."""
-    at = 0
-    if data[4:8] != b"ftyp":
-        raise ValueError
-    while data[at + 4 : at + 8] != b"mdat":
-        at += _part(data, at, max(8, int.from_bytes(data[at : at + 4], "big")))
-    return _part(data, at + 8, int.from_bytes(data[at : at + 4], "big") - 8)
-
-
-def _jpegxl(data: bytes) -> int:
-    """The stream does not say how long it is: only decoding shows that nothing is missing."""
-    Image.open(io.BytesIO(data), formats=["JXL"]).load()
-    return len(data) - 2
-
-
-def _jpeg2000(data: bytes) -> int:
-    """Tile-parts: from SOT (FF 90, with the tile-part's length) the headers run up to SOD (FF 93)."""
-    at, total = data.index(b"\xff\x90"), 0
-    if data[:4] != b"\xff\x4f\xff\x51":
-        raise ValueError
-    while data[at : at + 2] == b"\xff\x90":
-        length = _part(data, at, max(1, int.from_bytes(data[at + 6 : at + 10], "big")))
-        total += at + length - data.index(b"\xff\x93", at) - 2
-        at += length
-    return total
+    end = len(data) - 2  # JPEG and JPEG 2000 close with a mark
+    if codec == "jpeg":  # the header of the scan tells its own length, but for the mark FF DA ahead of it
+        start = data.rindex(b"\xff\xda") + 2
+        return end - start - int.from_bytes(data[start : start + 2], "big")
+    if codec == "webp":  # a chunk: its name, its size, its data
+        start = data.index(b"VP8 ") + 4
+        return int.from_bytes(data[start : start + 4], "little")
+    if codec == "avif":  # a box: its size, which counts itself and the name, its name, its data
+        start = data.index(b"mdat")
+        return int.from_bytes(data[start - 4 : start], "big") - 8
+    if codec == "jpeg2000":  # the tile-part's headers run from SOT (FF 90) up to SOD (FF 93)
+        return end - data.index(b"\xff\x93", data.index(b"\xff\x90")) - 2
+    return end
 
 
 # ----------------------------------------------------------------------------------------- the learned baseline
@@ -226,7 +145,7 @@ class PixelCodec:
                 f"a pixel codec needs a compressor with latent_channels={3 * PATCH**2} and factor={PATCH}; "
                 f"this one has {config.latent_channels} and {config.factor}"
             )
-        self.compressor = compressor
+        self.compressor, self._unit = compressor, config.multiple * PATCH  # sides that the networks see, in pixels
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> PixelCodec:
@@ -264,11 +183,6 @@ class PixelCodec:
     @functools.cached_property
     def _fingerprint(self) -> int:
         return self.compressor.fingerprint()
-
-    @property
-    def _unit(self) -> int:
-        """Sides of what the networks see are multiples of this, in pixels."""
-        return self.compressor.config.multiple * PATCH
 
 
 def to_patches(x: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ import platform
 import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from tqdm.auto import tqdm
 
 from slimlib import utils
 from slimlib.compressor import LatentCompressor
-from slimlib.data.imagenet import ImageNetScenes, open_scenes
+from slimlib.data.imagenet import AsPublished, ImageNetScenes, open_scenes
 from slimlib.data.scenes import Scene
 from slimlib.ldm import LatentDiffusion, last
 from slimlib.measure import methods
@@ -93,10 +92,11 @@ def command(options: Options) -> int:
         torch.set_num_threads(options.threads)
     utils.quiet_libraries()
     scale, device = Scale.from_name(options.scale), utils.pick_device(options.device)
-    machines = methods.open_machines(scale, device, published=options.data not in ("", "pocket"))
-    looks = getattr(machines["a"], "machine", machines["a"])
-    draw = (max(options.counts()), options.data, options.protocol, options.seed, looks)
-    scenes = open_scenes(scale, "test", *draw)
+    machines: dict[str, Any] = {**methods.open_machines(scale, device)}
+    draw = (max(options.counts()), options.data, options.protocol, options.seed)
+    scenes = open_scenes(scale, "test", *draw, machines["a"])
+    if isinstance(scenes, ImageNetScenes):
+        machines = {name: AsPublished(machine) for name, machine in machines.items()}
     jobs = all_jobs(options, scale, scenes)
     rank, world = utils.rank_and_world()
     show = not options.quiet and rank == 0
@@ -205,15 +205,13 @@ def evaluate(
     """
     known: dict[Path, dict[tuple[str, float], pd.DataFrame]] = {}  # results by variant and quality, for each file
 
-    def place(method: Method, block: int) -> Path:
+    def fetch(method: Method, block: int) -> tuple[Path, dict[tuple[str, float], pd.DataFrame]]:
         name = re.sub(r"[^a-z0-9]+", "-", method.name.lower())
-        return Path(store or "") / f"{name}-{method.key or 'any'}" / f"{block * batch:06d}+{batch}.csv"
-
-    def fetch(path: Path) -> dict[tuple[str, float], pd.DataFrame]:
+        path = Path(store or "") / f"{name}-{method.key or 'any'}" / f"{block * batch:06d}+{batch}.csv"
         if path not in known:
             tables = [read_table(path)] if store and path.exists() else []
             known[path] = {s: of for table in tables for s, of in table.groupby(SETTING[1:], sort=False)}
-        return known[path]
+        return path, known[path]
 
     most = max(count for _, count in jobs)
     if most > len(scenes):
@@ -224,29 +222,30 @@ def evaluate(
     shared, seen_by = None, {f"top1_{name}" for name in machines}
     for block, method, count in mine:
         indices = list(range(block * batch, min((block + 1) * batch, count)))
-        path, done = place(method, block), fetch(place(method, block))
+        path, done = fetch(method, block)
         bar.set_description(f"{method.name}, scenes {indices[0]} to {indices[-1]}")
         for variant, quality in method.settings:
             rows = done.get((variant, quality), pd.DataFrame({"scene": []}))
-            if not ({*indices} <= {*rows.scene} and seen_by <= {*rows}):
+            if not ({*indices} <= {*rows.scene} and seen_by <= {*rows.dropna(axis=1)}):
                 if shared is None or shared.indices != indices:
                     shared = methods.Batch(scenes, indices)
-                rows = _look(shared, *method.run(shared, variant, quality), machines)
-                for at, name in enumerate((method.name, variant, float(quality))):
-                    rows.insert(at, SETTING[at], name)
-                done[variant, quality] = rows
+                setting = dict(zip(SETTING, (method.name, variant, float(quality)), strict=True))
+                done[variant, quality] = _look(setting, shared, *method.run(shared, variant, quality), machines)
                 if store:
                     write_file(path, pd.concat(done.values()).to_csv(index=False).encode())
             bar.update()
     bar.close()
     wanted = [(method, setting, count) for method, count in jobs for setting in method.settings]
-    found = [(fetch(place(m, block)).get(setting), count) for m, setting, count in wanted for block in blocks]
-    return pd.concat([rows[rows.scene < count] for rows, count in found if rows is not None], ignore_index=True)
+    found = [(fetch(method, block)[1].get(setting), n) for method, setting, n in wanted for block in blocks]
+    return pd.concat([rows[rows.scene < n] for rows, n in found if rows is not None], ignore_index=True)
 
 
-def _look(batch: methods.Batch, x_hat: Tensor, spent: pd.DataFrame, machines: Mapping[str, Any]) -> pd.DataFrame:
+def _look(
+    setting: dict[str, Any], batch: methods.Batch, x_hat: Tensor, spent: pd.DataFrame, machines: Mapping[str, Any]
+) -> pd.DataFrame:
     """By scene: what was spent, what the machines see, and how far the pictures are from the originals."""
-    rows = pd.DataFrame({"scene": batch.indices, "label": batch.labels.numpy(), "seen": [s.seen for s in batch.scenes]})
+    seen = [scene.seen for scene in batch.scenes]
+    rows = pd.DataFrame({**setting, "scene": batch.indices, "label": batch.labels.numpy(), "seen": seen})
     rows = rows.join(spent.reindex(columns=methods.SPENT).astype(float))
     for name, machine in machines.items():
         rows[f"top1_{name}"] = (machine(x_hat.to(machine.mean.device)).argmax(1).cpu() == batch.labels).numpy()
@@ -312,30 +311,24 @@ def summarise(results: pd.DataFrame, pixels: int = 128**2) -> pd.DataFrame:
             shared = of.scene.isin(set.intersection(*ablations.agg(set)))
             parts.append(of[(of.variant == "") & shared].assign(variant=AS_IT_IS))
     results = pd.concat(parts, ignore_index=True)
-    results["header"], results["roi"] = results["size"] - results["payload"], results["roi_bits"] * results["latent"]
-    groups = results.groupby(SETTING, sort=False)
+    groups = results.assign(roi=results.roi_bits * results.latent).groupby(SETTING, sort=False)
     mean, total = groups.mean(numeric_only=True), groups.sum(numeric_only=True)
     table = pd.DataFrame({"scenes": groups.size(), "bpp": 8 * mean["size"] / pixels})
-    table["payload_bpp"] = 8 * mean["payload"] / pixels
-    for part in ("header", "caption", "hyper", "latent"):
-        table[f"{part}_bytes"] = mean[part]
-    table["roi_bits"] = total["roi"] / total["latent"]
-    for name in _machines(results):
+    table["payload_bpp"], table["header_bytes"] = 8 * mean.payload / pixels, mean["size"] - mean.payload
+    table = table.join(mean[["caption", "hyper", "latent"]].add_suffix("_bytes"))
+    table["roi_bits"] = total.roi / total.latent
+    for name in results.filter(like="top1_"):
         rows_of = {name: results}
         if name != "top1_a":
             rows_of |= {f"{name}_seen": results[results.seen], f"{name}_unseen": results[~results.seen]}
         for column, rows in rows_of.items():
             hits = rows.groupby(SETTING, sort=False)[name]
             table[column] = 100 * hits.mean()
-            table[f"{column}_low"] = hits.agg(lambda found: interval(found)[0])
-            table[f"{column}_high"] = hits.agg(lambda found: interval(found)[1])
+            for at, end in enumerate(("low", "high")):
+                table[f"{column}_{end}"] = hits.agg(lambda found, at=at: interval(found)[at])
     for part in ("roi", "background"):
         table[f"{part}_psnr"] = -10 * np.log10(mean[f"{part}_error"].clip(lower=1e-10))
     return table.join(groups[["encode_ms", "decode_ms"]].median()).reset_index()
-
-
-def _machines(results: pd.DataFrame) -> list[str]:
-    return [column for column in results if column.startswith("top1_")]
 
 
 def all_comparisons(results: pd.DataFrame) -> pd.DataFrame:
@@ -348,7 +341,7 @@ def all_comparisons(results: pd.DataFrame) -> pd.DataFrame:
     main = next((name for name in methods.MAIN if name in curves), "")
     # A classic codec may downscale: its frontier is over all its variants.
     classic = results[results.method.isin(methods.CLASSIC_NAMES.values())]
-    curves |= dict(list(classic.groupby("method", sort=False))) | {BEST_CLASSIC: classic}
+    curves |= dict(list(classic.groupby("method", sort=False))) | {BEST_CLASSIC: classic.assign(size=classic.payload)}
     pairs = [(name, main) for name in curves if name not in (main, "uncompressed")]
     pairs += [(methods.MAIN[2], methods.MAIN[1]), ("hyperprior", "hyperprior, machine loss")]  # steps of training
     for variant, of in results[results.method == main].groupby("variant", sort=False):
@@ -357,8 +350,8 @@ def all_comparisons(results: pd.DataFrame) -> pd.DataFrame:
             pairs.append((main, f"{main} ({variant})"))
     return pd.DataFrame(
         {"anchor": anchor, "test": test, "machine": name.removeprefix("top1_")}
-        | compare(curves[anchor], curves[test], name.removeprefix("top1_"), (anchor == BEST_CLASSIC, False))
-        for name in reversed(_machines(results))
+        | compare(curves[anchor], curves[test], name.removeprefix("top1_"))
+        for name in reversed([*results.filter(like="top1_")])
         for anchor, test in pairs
         if len(curves.get(anchor, ())) and len(curves.get(test, ()))
     )
@@ -381,47 +374,36 @@ def evaluate_latents(
             are made as the codec makes them, with captions whose bits are not counted.
 
     Returns:
-        For each quality: quality; bpp (estimate, without the header) and its hyper-latent's part h_bpp;
-        mse, roi_mse, background_mse of the latent, averaged with weights 1, m, 1 - m;
-        roi_bits, the share of the latent's bits spent inside the region; roi_area, its share of the area;
-        roi_iou, agreement of the predicted map with m, both cut at one half; under each machine's name its top-1
-        accuracy in percent.
+        For each quality: quality; bpp, an estimate without the header; roi_mse, background_mse of the latent, averaged
+        with weights m and 1 - m; roi_bits, the share of the latent's bits spent inside the region; roi_area, its share
+        of the area; roi_iou, agreement of the predicted map with m, both cut at one half; under each machine's name its
+        top-1 accuracy in percent.
     """
-    z, m = (torch.as_tensor(np.array(array)) for array in (z, m))
-    m, config, rows = m.float() / (255 if m.dtype == torch.uint8 else 1), compressor.config, []
-    ldm, machines, captions, labels = pictures or (None, {}, (), np.empty(0))
-    for quality in qualities:
-        sums: Counter[str] = Counter()
-        for at in range(0, len(z), batch):
-            part = slice(at, at + batch)
-            x, mask = z[part].float().to(compressor.device), m[part].to(compressor.device)
-            with utils.evaluating(compressor):
-                out = compressor(x, quality)
-            error = (x - out["z_hat"]).square().mean(1, keepdim=True)
-            bits = -out["likelihoods"]["y"].log2().sum(1, keepdim=True)  # (B, 1, h/4, w/4)
-            seen, true = out["roi_logits"] > 0, mask > 0.5
-            found = {"h_bits": -out["likelihoods"]["h"].log2(), "bits": bits, "error": error, "roi": mask}
-            found |= {"inside": bits * F.avg_pool2d(mask, 2**config.stages), "roi_error": error * mask}
-            found |= {"both": seen & true, "either": seen | true}
-            if ldm:
-                steps = (config.t0(quality), config.steps, range(at, at + len(x)), config.guidance)
-                x_hat = ldm.decode(last(ldm.enhance(out["z_hat"], captions[part], *steps), out["z_hat"]))
-                right = torch.as_tensor(labels[part], device=x_hat.device)
-                found |= {name: machine(x_hat).argmax(1) == right for name, machine in machines.items()}
-            sums.update({name: float(value.sum()) for name, value in found.items()})
-        cells, pixels = m.numel(), m.numel() * config.factor**2
-        rows.append(
-            {
-                "quality": float(quality),
-                "bpp": (sums["bits"] + sums["h_bits"]) / pixels,
-                "h_bpp": sums["h_bits"] / pixels,
-                "mse": sums["error"] / cells,
-                "roi_mse": sums["roi_error"] / max(sums["roi"], 1e-9),
-                "background_mse": (sums["error"] - sums["roi_error"]) / max(cells - sums["roi"], 1e-9),
-                "roi_bits": sums["inside"] / max(sums["bits"], 1e-9),
-                "roi_area": sums["roi"] / cells,
-                "roi_iou": sums["both"] / max(sums["either"], 1e-9),
-                **{name: 100 * sums[name] / len(z) for name in machines},
-            }
-        )
+    z, m = (torch.as_tensor(np.array(array)).to(compressor.device) for array in (z, m))
+    z, m, config, rows = z.float(), m.float() / (255 if m.dtype == torch.uint8 else 1), compressor.config, []
+    for quality in map(float, qualities):
+        with utils.evaluating(compressor):
+            outs = [compressor(part, quality) for part in z.split(batch)]
+        z_hat, logits = (torch.cat([out[name] for out in outs]) for name in ("z_hat", "roi_logits"))
+        y, h = (torch.cat([-out["likelihoods"][name].log2().sum(1, keepdim=True) for out in outs]) for name in "yh")
+        error, inside, true = (z - z_hat).square().mean(1, keepdim=True), F.avg_pool2d(m, 2**config.stages), m > 0.5
+        found = {
+            "quality": quality,
+            "bpp": (y.sum() + h.sum()) / (m.numel() * config.factor**2),
+            "roi_mse": (error * m).sum() / m.sum().clamp_min(1e-9),
+            "background_mse": (error * (1 - m)).sum() / (1 - m).sum().clamp_min(1e-9),
+            "roi_bits": (y * inside).sum() / y.sum(),
+            "roi_area": m.mean(),
+            "roi_iou": ((logits > 0) & true).sum() / ((logits > 0) | true).sum().clamp_min(1),
+        }
+        if pictures:
+            ldm, machines, captions, labels = pictures
+            x_hat, walk = [], (config.t0(quality), config.steps)
+            for part in torch.arange(len(z)).split(batch):
+                steps = ldm.enhance(z_hat[part], [captions[i] for i in part], *walk, part.tolist(), config.guidance)
+                x_hat.append(ldm.decode(last(steps, z_hat[part])))
+            for name, machine in machines.items():
+                guesses = torch.cat([machine(x).argmax(1).cpu() for x in x_hat])
+                found[name] = 100 * (guesses == torch.as_tensor(labels)).double().mean()
+        rows.append({name: float(value) for name, value in found.items()})
     return rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import math
 import resource
 import sys
 import time
@@ -70,7 +70,7 @@ VARIANTS = {
     "no diffusion": Variant(steps=0),
     **{f"K = {steps}": Variant(steps=steps) for steps in (1, 2, 20)},
     **{f"t0 = {t0}": Variant(t0=t0) for t0 in (20, 50, 100, 200)},
-    "caption only": Variant(steps=20, latent=False),
+    "caption only": Variant(latent=False),
 }
 """The ablations of SLIM. K and t0 are taken as if the compressor's config said so: the files stay the same."""
 
@@ -79,7 +79,7 @@ class Batch:
     """Some scenes, also as tensors."""
 
     def __init__(self, scenes: Sequence[Scene], indices: Sequence[int]) -> None:
-        self.indices, self.scenes = list(indices), [scenes[i] for i in indices]
+        self.indices, self.scenes = indices, [scenes[i] for i in indices]
         self.images = [scene.image for scene in self.scenes]
         self.x = to_tensor(self.images)  # (B, 3, H, W)
         self.labels = torch.tensor([scene.label for scene in self.scenes])
@@ -138,22 +138,22 @@ def slim(
     def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
         change, guidance = VARIANTS[variant], codec.compressor.config.guidance
         if not change.latent:
-            captions = captions_of(batch, codec, change.caption)
-            return _draw(codec, captions, batch.x.shape[-1], change.steps or 0), _words_alone(codec, captions)
+            return _caption_only(codec, captions_of(batch, codec, change.caption), batch.x.shape[-1])
         files = files_of(batch, codec, change.caption, quality)
-        z_hat, report = torch.cat([file.z_hat for file in files]), files[0].report
-        captions = [file.report.caption or "" for file in files]
-        t0 = report.t0 if change.t0 is None else change.t0
-        steps = report.steps if change.steps is None else change.steps
-        walk = codec.ldm.enhance(z_hat, captions, t0, steps, [0] * len(files), guidance)
-        spent = []
-        for file, scene in zip(files, batch.scenes, strict=True):
-            bits, size = file.report.bits, file.report.size
-            parts = [bits[part] / 8 for part in ("caption", "hyper", "latent")]
-            spent.append([size, size - bits["header"] / 8, *parts, _share_inside(file.report.bit_map, scene)])
-        alone = [] if variant else batch.images[: max(0, timed - batch.indices[0])]  # the first scenes of all
-        times = pd.DataFrame([_times(codec, image, quality) for image in alone], columns=SPENT[6:])
-        return _decode(codec, walk, z_hat), pd.DataFrame(spent, columns=SPENT[:6]).join(times)
+        z_hat, reports = torch.cat([file.z_hat for file in files]), [file.report for file in files]
+        t0 = reports[0].t0 if change.t0 is None else change.t0
+        steps = reports[0].steps if change.steps is None else change.steps
+        walk = codec.ldm.enhance(z_hat, [r.caption or "" for r in reports], t0, steps, [0] * len(files), guidance)
+        spent = pd.DataFrame([report.bits for report in reports]) / 8
+        spent["size"] = [report.size for report in reports]
+        spent["payload"] = spent["size"] - spent["header"]
+        spent["roi_bits"] = [_inside(r.bit_map, scene) for r, scene in zip(reports, batch.scenes, strict=True)]
+        alone = copy.copy(codec)
+        alone.exact = True
+        for i in range(0 if variant else min(len(files), timed - batch.indices[0])):  # the first scenes of all
+            stream, spent.loc[i, "encode_ms"] = clocked(alone.compress, batch.images[i], quality)
+            _, spent.loc[i, "decode_ms"] = clocked(alone.decompress, stream)
+        return _decode(codec, walk, z_hat), spent
 
     settings = [(variant, q) for variant in variants for q in (qualities if VARIANTS[variant].latent else (0.0,))]
     return Method(name, key, settings, run, codec)
@@ -163,12 +163,15 @@ def pixels(name: str, codec: PixelCodec, qualities: Sequence[float] = QUALITIES,
     """The learned baseline: a hyperprior on pixels."""
 
     def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
-        def parts(file: tuple[bytes, dict[str, Tensor]], scene: Scene) -> list[float]:
-            data, bits = file
+        pictures, spent = [], []
+        for scene in batch.scenes:
+            (data, bits), encode_ms = clocked(codec.encode, scene.image, quality)
+            picture, decode_ms = clocked(codec.decompress, data)
             hyper, latent = (float(bits[part].sum()) / 8 for part in "hy")
-            return [len(data), len(unpack(data)[1]), 0, hyper, latent, _share_inside(bits["y"].sum(0).numpy(), scene)]
-
-        return _one_by_one(batch, lambda x: codec.encode(x, quality), lambda file: codec.decompress(file[0]), parts)
+            inside = _inside(bits["y"].sum(0).numpy(), scene)
+            spent.append((len(data), len(unpack(data)[1]), 0, hyper, latent, inside, encode_ms, decode_ms))
+            pictures.append(picture)
+        return to_tensor(pictures), pd.DataFrame(spent, columns=SPENT)
 
     return Method(name, key, [("", quality) for quality in qualities], run)
 
@@ -180,10 +183,13 @@ def classic(codec: str, qualities: Sequence[int] = (1, 20, 40, 60, 80), key: str
         def encode(image: Image.Image) -> bytes:
             return encode_classic(downscale(image, SHRUNK[variant]), codec, int(quality))
 
-        def parts(data: bytes, scene: Scene) -> list[float]:
-            return [len(data), payload_bytes(data, codec), *[math.nan] * 4]
-
-        return _one_by_one(batch, encode, lambda data: decode_classic(data, batch.images[0].size), parts)
+        pictures, spent = [], []
+        for image in batch.images:
+            data, encode_ms = clocked(encode, image)
+            picture, decode_ms = clocked(decode_classic, data, image.size)
+            spent.append((len(data), payload_bytes(data, codec), encode_ms, decode_ms))
+            pictures.append(picture)
+        return to_tensor(pictures), pd.DataFrame(spent, columns=[*SPENT[:2], *SPENT[6:]])
 
     return Method(CLASSIC_NAMES[codec], key, [(variant, q) for variant in SHRUNK for q in qualities], run)
 
@@ -219,49 +225,24 @@ def open_codec(
     return SlimCodec(like.ldm, own, prior, like.captioner, like.machine, exact=False)
 
 
-def _draw(codec: SlimCodec, captions: list[str], size: int, steps: int, guidance: float = 4.0) -> Tensor:
-    """Pictures from captions alone: from pure noise, as the stock pipeline draws (another seed each)."""
-    ldm = codec.ldm
+def _caption_only(codec: SlimCodec, captions: list[str], size: int) -> tuple[Tensor, pd.DataFrame]:
+    """What the stock pipeline draws for captions, from pure noise, another seed each; and the files they would need."""
+    ldm, spent = codec.ldm, []
+    for caption in captions:
+        coder = RangeEncoder()
+        if caption and codec.prior:
+            codec.prior.encode(coder, caption)
+        payload = len(coder.get_bytes())
+        spent.append((FIXED_BYTES + payload, payload, coder.bits / 8, 0, 0))
     z = torch.zeros(len(captions), ldm.latent_channels, size // ldm.factor, size // ldm.factor)
     prompts = [f"a photo of {caption}" if caption else "" for caption in captions]
-    noise = ldm.scheduler.config.num_train_timesteps - 1
-    return _decode(codec, ldm.enhance(z, prompts, noise, steps, range(1, 1 + len(z)), guidance), z)
+    walk = ldm.enhance(z, prompts, ldm.scheduler.config.num_train_timesteps - 1, 20, range(1, 1 + len(z)), 4.0)
+    return _decode(codec, walk, z), pd.DataFrame(spent, columns=SPENT[:5])
 
 
 def _decode(codec: SlimCodec, walk: Iterator[Tensor], z: Tensor) -> Tensor:
     with autocast(codec.ldm.device, cpu=True):
         return _whole_levels(codec.ldm.decode(last(walk, z)))
-
-
-def _words_alone(codec: SlimCodec, captions: list[str]) -> pd.DataFrame:
-    """What files would take that hold a header and a caption."""
-    coders = [RangeEncoder() for _ in captions]
-    for coder, caption in zip(coders, captions, strict=True):
-        if caption and codec.prior:
-            codec.prior.encode(coder, caption)
-    spent = [(FIXED_BYTES + len(c.get_bytes()), len(c.get_bytes()), c.bits / 8, 0, 0) for c in coders]
-    return pd.DataFrame(spent, columns=SPENT[:5])
-
-
-def _times(codec: SlimCodec, image: Image.Image, quality: float) -> tuple[float, float]:
-    """Milliseconds of one picture through the codec's front door."""
-    exact, codec.exact = codec.exact, True
-    stream, encode_ms = clocked(codec.compress, image, quality)
-    _, decode_ms = clocked(codec.decompress, stream)
-    codec.exact = exact
-    return encode_ms, decode_ms
-
-
-def _one_by_one(
-    batch: Batch, encode: Callable[[Image.Image], Any], decode: Callable[[Any], Image.Image], parts: Callable[..., list]
-) -> tuple[Tensor, pd.DataFrame]:
-    pictures, spent = [], []
-    for scene in batch.scenes:
-        file, encode_ms = clocked(encode, scene.image)
-        picture, decode_ms = clocked(decode, file)
-        pictures.append(picture)
-        spent.append([*parts(file, scene), encode_ms, decode_ms])
-    return to_tensor(pictures), pd.DataFrame(spent, columns=SPENT)
 
 
 def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -275,19 +256,18 @@ def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 @torch.no_grad()
 def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.5, repeats: int = 3) -> pd.DataFrame:
-    """Encoding and decoding against the bare forward passes of the networks that they need, in one run on one thread.
+    """Encoding and decoding against the bare forward passes of the networks that they need, on one thread.
 
-    Everything is timed on every scene, `repeats` times over, in turns. Other programs can only lengthen a time, so the
-    shortest of a scene's counts; what is reported is the mean over the scenes.
+    Each is timed on every scene, `repeats` times over, in turns. Other programs can only lengthen a time, so the
+    shortest of a scene counts; what is reported is the mean over the scenes.
 
     Returns:
         what, value, unit: "encode" and "decode", their parts, the sum of these, how many times that the whole takes;
         and the peak memory of the process.
     """
-    ldm, model, config = codec.ldm, codec.compressor, codec.compressor.config
-    exact, threads, taken = codec.exact, torch.get_num_threads(), []
-    codec.exact = True
-    torch.set_num_threads(1)
+    codec, threads, taken = copy.copy(codec), torch.get_num_threads(), []
+    codec.exact, ldm, model, config = True, codec.ldm, codec.compressor, codec.compressor.config
+    byte = torch.tensor([quality_byte(quality)], device=ldm.device)
 
     def clock(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         result, milliseconds = clocked(function, *arguments)
@@ -298,7 +278,7 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
         for t in ldm.times(config.t0(quality), config.steps)[:-1]:
             ldm.predict(z, t, text, config.guidance)
 
-    byte = torch.tensor([quality_byte(quality)], device=ldm.device)
+    torch.set_num_threads(1)
     codec.decompress(codec.compress(scenes[0].image, quality))  # loads what is loaded on first use
     for scene in list(scenes) * repeats:
         x = to_tensor(scene.image).to(ldm.device)
@@ -314,7 +294,6 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
         text = clock("decode: text encoder", ldm.text, captions)
         clock(f"decode: UNet, {config.steps} steps", walk, z_hat, text)
         clock("decode: VAE decoder", ldm.decode, z_hat)
-    codec.exact = exact
     torch.set_num_threads(threads)
     groups = pd.DataFrame(taken, columns=["what", "ms"]).groupby("what", sort=False)["ms"]
     means = groups.agg(lambda ms: ms.to_numpy().reshape(repeats, -1).min(0).mean())
@@ -326,7 +305,7 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
     return pd.DataFrame([*lines, ("peak memory of the process", peak, "MB")], columns=["what", "value", "unit"])
 
 
-def _share_inside(bit_map: np.ndarray, scene: Scene) -> float:
+def _inside(bit_map: np.ndarray, scene: Scene) -> float:
     """Share of the bits of a map (rows, columns) that lie inside the region of interest, by area of each cell."""
     return float((bit_map * scene.mask(*bit_map.shape)).sum()) / max(float(bit_map.sum()), 1e-9)
 

@@ -13,6 +13,8 @@ import pandas as pd
 
 MIN_OVERLAP = 0.3
 """Least share that two curves must have in common, of all that they cover, for a delta."""
+ENDS = 0.025, 0.975
+"""Quantiles that bound the middle 95% of all resamples."""
 Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 """Rates and accuracies of a method, in any order."""
 
@@ -25,20 +27,20 @@ class NoOverlap(ValueError):
 class Delta:
     """A Bjontegaard delta with what it was taken over."""
 
-    value: float  # percent of the anchor's rate (negative: saved), or points of accuracy (positive: gained)
-    low: float  # the range that both curves cover: of accuracy for a rate, of log2 of the rate for an accuracy
-    high: float
-    overlap: float  # its share of all that either covers
+    value: float = math.nan  # percent of the anchor's rate (negative: saved), or points of accuracy (positive: gained)
+    low: float = math.nan  # the range that both curves cover: of accuracy for a rate, of log2(rate) for an accuracy
+    high: float = math.nan
+    overlap: float = math.nan  # its share of all that either covers
 
 
-def interval(hits: Sequence[bool] | np.ndarray, draws: int = 2_000, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of an accuracy, in percent: resample scenes with replacement (Efron, 1979)."""
+def interval(hits: Sequence[bool] | np.ndarray, draws: int = 2_000) -> tuple[float, float]:
+    """95% bootstrap interval of an accuracy, in percent: resample scenes with replacement (Efron, 1979)."""
     values = np.asarray(hits, float)
     if not len(values):
         return math.nan, math.nan
     # How many of n hits a resample holds is binomial: the bootstrap of a proportion needs no resampling.
     counts = np.random.default_rng(0).binomial(len(values), values.mean(), draws)
-    low, high = np.quantile(counts / len(values), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(counts / len(values), ENDS)
     return 100 * float(low), 100 * float(high)
 
 
@@ -101,19 +103,12 @@ def _delta(function: str, anchor: Curve, test: Curve, min_overlap: float) -> Del
     return Delta(float(value), low, high, share)
 
 
-def compare(
-    anchor: pd.DataFrame,
-    test: pd.DataFrame,
-    machine: str = "b",
-    payload: tuple[bool, bool] = (False, False),
-    draws: int = 200,
-) -> dict[str, Any]:
+def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws: int = 200) -> dict[str, Any]:
     """Both deltas between two curves, with 95% intervals from a paired bootstrap over the scenes that both have.
 
     Args:
         anchor, test: results by scene (see `slimlib.measure.evaluation.evaluate`); each setting is a point of a curve.
         machine: whose hits count.
-        payload: whether to count the anchor, and the test, without their headers.
         draws: resamples; those in which the curves do not overlap enough are left out.
 
     Returns:
@@ -122,26 +117,25 @@ def compare(
         reason why a delta is missing (NaN), or "".
     """
     hits = f"top1_{machine}"
-    wide = [side.pivot(index=["method", "variant", "quality"], columns="scene") for side in (anchor, test)]
-    scenes = sorted(set.intersection(*(set(side[hits].dropna(axis=1)) for side in wide)))
-    columns = [("payload" if bare else "size", hits) for bare in payload]
-    sides = [[side[c][scenes].to_numpy(float) for c in pair] for side, pair in zip(wide, columns, strict=True)]
+    sides = [side.pivot(index=["method", "variant", "quality"], columns="scene") for side in (anchor, test)]
+    scenes = sorted(set.intersection(*(set(side[hits].dropna(axis=1)) for side in sides)))
+    points = [(side["size"][scenes].to_numpy(float), 100 * side[hits][scenes].to_numpy(float)) for side in sides]
     rng, refused = np.random.default_rng(0), ""
-    found: dict[str, Any] = {}
     picks = [np.arange(len(scenes)), *(rng.integers(len(scenes), size=len(scenes)) for _ in range(draws))]
+    found: dict[str, Any] = {"scenes": len(scenes)}
     for name, function in (("bd_rate", bd_rate), ("bd_accuracy", bd_accuracy)):
         deltas: list[Delta] = []
         for pick in picks:
             try:
-                one, other = ((r[:, pick].mean(1), 100 * h[:, pick].mean(1)) for r, h in sides)
+                one, other = ((size[:, pick].mean(1), right[:, pick].mean(1)) for size, right in points)
                 deltas.append(function(one, other))
             except NoOverlap as error:
                 if not deltas:  # the scenes as they are
                     refused = str(error)
                     break
-        first = deltas[0] if deltas else Delta(math.nan, math.nan, math.nan, math.nan)
-        low, high = np.quantile([delta.value for delta in deltas[1:]] or [math.nan], [0.025, 0.975])
-        found |= {name: first.value, f"{name}_low": float(low), f"{name}_high": float(high)}
+        whole, *others = deltas or [Delta()]
+        low, high = np.quantile([delta.value for delta in others] or [math.nan], ENDS)
+        found |= {name: whole.value, f"{name}_low": float(low), f"{name}_high": float(high)}
         if name == "bd_rate":
-            found |= {"from_accuracy": first.low, "to_accuracy": first.high, "overlap": first.overlap}
-    return {"scenes": len(scenes), **found, "refused": refused}
+            found |= {"from_accuracy": whole.low, "to_accuracy": whole.high, "overlap": whole.overlap}
+    return found | {"refused": refused}

@@ -15,6 +15,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 COLOURS = {
@@ -95,8 +96,7 @@ def byte_bars(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> Axes:
     sizes = pd.DataFrame(rows).T.fillna(0).clip(lower=0) / 8
     colours = [PART_COLOURS.get(part, "#8c8c8c") for part in sizes]
     sizes.plot.barh(stacked=True, ax=ax, width=0.8, color=colours, legend=False, rot=0)
-    for place, end in enumerate(sizes.sum(axis=1)):
-        ax.text(end, place, f" {end:.0f}", va="center")
+    ax.bar_label(ax.containers[-1], [f" {size:.0f}" for size in sizes.sum(axis=1)])  # type: ignore[arg-type]
     ax.invert_yaxis()
     ax.set(xlabel="Bytes", xmargin=0.1)
     ax.grid(False, axis="y")
@@ -106,10 +106,9 @@ def byte_bars(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> Axes:
 
 def top5_bars(ax: Axes, guesses: Sequence[tuple[str, float]], truth: str | None = None, title: str = "") -> Axes:
     """The likeliest classes with their probabilities, best on top; the true one, if known, in colour."""
-    names = [name for name, _ in guesses]
+    names, shares = zip(*guesses, strict=True)
     colours = [COLOURS["SLIM"] if name == truth else "#bdbdbd" for name in names]
-    ax.barh(range(len(names)), [100 * share for _, share in guesses], color=colours)
-    ax.set_yticks(range(len(names)), names)
+    ax.barh(range(len(names)), 100 * np.array(shares), color=colours, tick_label=names)
     ax.invert_yaxis()
     ax.set(xlim=(0, 100), xlabel="Probability [%]", title=title)
     ax.grid(False, axis="y")
@@ -137,12 +136,8 @@ def rate_curve(ax: Axes, bpp: Sequence, accuracy: Sequence, method: str, interva
 
 def log_rate(ax: Axes) -> Axes:
     """Make the bit-rate axis logarithmic, with plain numbers at 1 and 3 of each decade."""
-    ticks = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 3)]
     ax.set(xscale="log", xlabel="Bit-rate [bpp]")
-    low, high = ax.get_xlim()
-    ax.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
-    ax.set_xticks([], minor=True)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set(major_locator=LogLocator(subs=(1, 3)), minor_locator=NullLocator(), major_formatter="{x:g}")
     return ax
 
 
@@ -154,13 +149,11 @@ def interval_dots(ax: Axes, rows: Mapping[str, Sequence[float]], label: str, ref
         label: of the horizontal axis, with its unit.
         reference: the row to compare with: drawn in colour, with a line through its value.
     """
-    for place, (name, (value, low, high)) in enumerate(rows.items()):
+    for name, (value, low, high) in rows.items():
         colour = COLOURS["SLIM"] if name == reference else "#595959"
-        ax.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.5, solid_capstyle="butt")
-        ax.plot([value], [place], "o", color=colour)
+        ax.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", color=colour)
         if name == reference:
             ax.axvline(value, color=colour, linewidth=0.8, linestyle=":")
-    ax.set_yticks(range(len(rows)), list(rows))
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel=label)
     ax.grid(False, axis="y")
     return ax
