@@ -112,8 +112,8 @@ def test_tables_in_handy_units() -> None:
 
 def test_growth() -> None:
     plan = Plan(images=100)
-    table = costs.growth_table(plan, 1e14, sizes=(256, 512), steps=(1, 4), gpus=(1, 8))
-    assert table[["size [px]", "K"]].values.tolist() == [[256, 1], [256, 4], [512, 1], [512, 4]]
+    table = costs.growth_table(plan, 1e14, sizes=(64, 128), gpus=(1, 8))
+    assert table[["size [px]", "K"]].values.tolist() == [[size, k] for size in (64, 128) for k in (1, 4, 20)]
     for _, row in table.iterrows():
         one = replace(plan, size=int(row["size [px]"]), steps=int(row["K"]))
         assert row["decoding a picture [TFLOP]"] == pytest.approx(decoding(one) / 1e12)
@@ -131,5 +131,8 @@ def test_the_command_prints_every_table(capsys: pytest.CaptureFixture[str]) -> N
     expected = costs.jobs_table(Plan(steps=20, images=600), 5e13, 2, 4)
     assert "hours on 2 GPU*" in text and costs.as_text(expected) in text and "images=600" in text
     assert costs.as_text(costs.growth_table(Plan(steps=20, images=600), 5e13)) in text
+    with pytest.raises(SystemExit):
+        main(["costs", "--size", "7"])
+    assert "argument --size: 7 is not a multiple of 64" in capsys.readouterr().err
     digits = costs.as_text(pd.DataFrame({"x": [1234567.0, 0.00123456, math.nan]})).split()
     assert digits[2::2] == ["1,234,567", "0.001235", "-"]

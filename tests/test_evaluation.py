@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -29,7 +30,6 @@ from slimlib.data.imagenet import AsPublished, ImageNetScenes, Pictures
 from slimlib.data.scenes import Scene
 from slimlib.images import to_images, to_tensor
 from slimlib.ldm import last
-from slimlib.machines import load_machine
 from slimlib.measure import evaluation, methods
 from slimlib.measure.baselines import PixelCodec, decode_classic, downscale, encode_classic, payload_bytes
 from slimlib.measure.evaluation import Options, all_jobs, evaluate, evaluate_latents, read_table, summarise, weights_key
@@ -71,12 +71,15 @@ def marked(count: int) -> list[Scene]:
     return scenes
 
 
+EYES = {"a": Eye(0), "b": Eye(1)}
+
+
 class Fake:
     """A method with an error of 0.1 inside of the region, 0.2 outside; A takes odd scenes for others, B every third."""
 
-    def __init__(self, settings: list[tuple[str, float]], name: str = "fake", stop_after: int = 10**9) -> None:
+    def __init__(self, settings: list, name: str = "fake", stop_after: int = 10**9, pause: float = 0) -> None:
         self.ran: list[tuple[list[int], str, float]] = []
-        self.method, self.stop_after = Method(name, "key", settings, self.run), stop_after
+        self.method, self.stop_after, self.pause = Method(name, "key", settings, self.run), stop_after, pause
 
     def run(self, batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
         if len(self.ran) == self.stop_after:
@@ -88,12 +91,13 @@ class Fake:
             x[i, 0, 0, 0] += (index % 2) / 255
             x[i, 1, 0, 0] += (index % 3 == 0) / 255
         columns = {name: [index + 100.0 * at for index in batch.indices] for at, name in enumerate(SPENT[:6])}
-        return x, pd.DataFrame(columns)
+        time.sleep(self.pause)
+        return x, pd.DataFrame(columns | ({"encode_ms": time.perf_counter()} if self.pause else {}))
 
 
 def test_columns_of_the_results() -> None:
-    scenes, eyes = marked(10), {"a": Eye(0), "b": Eye(1)}
-    found = evaluate(scenes, [(Fake([("", 0.5), ("other", 1)]).method, 10)], eyes, progress=False, batch=4)
+    scenes = marked(10)
+    found = evaluate(scenes, [(Fake([("", 0.5), ("other", 1)]).method, 10)], EYES, progress=False, batch=4)
     assert found.method.eq("fake").all() and found.variant.tolist() == [""] * 10 + ["other"] * 10
     assert found.quality.tolist() == [0.5] * 10 + [1.0] * 10
     one = found[found.variant == ""]
@@ -202,7 +206,7 @@ def test_files_are_the_codecs_own(codec: SlimCodec, batch: Batch) -> None:
     x_hat, spent = methods.slim("SLIM", codec, timed=2).run(batch, "", 0.6)
     streams = [codec.compress(image, 0.6) for image in batch.images]
     reports = [codec.inspect(stream) for stream in streams]
-    assert list(spent) == SPENT and spent["size"].tolist() == [len(stream) for stream in streams]
+    assert spent["size"].tolist() == [len(stream) for stream in streams]
     assert spent.payload.tolist() == [len(unpack(stream)[1]) for stream in streams]
     for part in ("caption", "hyper", "latent"):
         assert spent[part].tolist() == pytest.approx([report.bits[part] / 8 for report in reports])
@@ -241,8 +245,8 @@ def test_what_each_ablation_changes(codec: SlimCodec, batch: Batch, monkeypatch:
     changes["wrong caption"] = {"captions": right[1:] + right[:1]}
     changes |= {"no diffusion": {"steps": 0}, "K = 1": {"steps": 1}, "K = 2": {"steps": 2}, "K = 20": {"steps": 20}}
     changes |= {f"t0 = {t0}": {"t0": t0} for t0 in (20, 50, 100, 200)}
-    prompts = {"captions": [f"a photo of {caption}" for caption in right], "seed": [1, 2, 3, 4, 5]}
-    changes["caption only"] = {**prompts, "t0": 999, "steps": 20, "guidance": 4.0}
+    changes["caption only"] = {"t0": 999, "steps": 20, "guidance": 4.0, "seed": [1, 2, 3, 4, 5]}
+    changes["caption only"]["captions"] = [f"a photo of {caption}" for caption in right]
     for variant, call in zip(VARIANTS, calls, strict=True):
         z = call.pop("z")
         assert call == usual | changes.get(variant, {}), variant
@@ -299,22 +303,24 @@ def test_classic_codecs(batch: Batch) -> None:
         files = [encode_classic(downscale(image, scale), "webp", 60) for image in batch.images]
         assert spent["size"].tolist() == [len(file) for file in files]
         assert spent.payload.tolist() == [payload_bytes(file, "webp") for file in files]
-        assert spent[SPENT[2:6]].isna().all(axis=None) and (spent[TIMES] > 0).all(axis=None)
+        assert not {*SPENT[2:6]} & {*spent} and (spent[TIMES] > 0).all(axis=None)
         assert torch.equal(x_hat, to_tensor([decode_classic(file, (64, 64)) for file in files]))
 
 
 def test_each_side_has_its_time(codec: SlimCodec, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns, exact = itertools.cycle((1.0, 2.0)), []
+    turns = itertools.cycle((1.0, 2.0))
 
-    def clocked(function: Callable, *arguments: Any) -> tuple[Any, float]:
-        exact.append(codec.exact)
+    def clocked(function: Any, *arguments: Any) -> tuple[Any, float]:
+        own = getattr(function, "__self__", None)
+        assert own is None or own.exact, "one picture on one thread"
         return function(*arguments), next(turns)
 
     monkeypatch.setattr(methods, "clocked", clocked)
     for method, taken in ((methods.slim("SLIM", codec, timed=2), 2), (methods.classic("webp"), 5)):
         times = method.run(batch, "", 0.6)[1][TIMES]
         assert times[:taken].eq([1, 2]).all(axis=None) and times[taken:].isna().all(axis=None)
-    assert exact[:4] == [True] * 4 and not codec.exact, "one picture on one thread"
+    later = Batch(make_scenes(6), [4, 5])
+    assert not {*TIMES} & {*methods.slim("SLIM", codec, timed=2).run(later, "", 0.6)[1]} and not codec.exact
 
 
 def test_ceilings(codec: SlimCodec, batch: Batch) -> None:
@@ -339,15 +345,12 @@ def test_times_come_with_what_they_are_compared_to(codec: SlimCodec) -> None:
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
-    eyes, scenes = {"a": Eye(0), "b": Eye(1)}, marked(9)
-    settings = [("", 0.2), ("", 0.8)]
+    scenes, settings = marked(9), [("", 0.2), ("", 0.8)]
 
-    def run(count: int, stop_after: int = 10**9, batch: int = 3, eyes: dict = eyes) -> tuple[list, pd.DataFrame]:
-        fake = Fake(settings, stop_after=stop_after)
-        try:
+    def run(count: int, stop_after: int = 10**9, batch: int = 3, eyes: dict = EYES) -> tuple[list, pd.DataFrame]:
+        fake, found = Fake(settings, stop_after=stop_after), pd.DataFrame()
+        with contextlib.suppress(KeyboardInterrupt):
             found = evaluate(scenes, [(fake.method, count)], eyes, tmp_path, False, batch)
-        except KeyboardInterrupt:
-            found = pd.DataFrame()
         return fake.ran, found
 
     ran, _ = run(6, stop_after=3)
@@ -356,7 +359,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert files == {"fake-key/000000+3.csv", "fake-key/000003+3.csv"}
     ran, found = run(6)
     assert ran == [([3, 4, 5], "", 0.8)], "only what was missing"
-    whole = evaluate(scenes, [(Fake(settings).method, 6)], eyes, progress=False, batch=3)
+    whole = evaluate(scenes, [(Fake(settings).method, 6)], EYES, progress=False, batch=3)
     pd.testing.assert_frame_equal(found, whole)
     assert run(6)[0] == [] and run(4)[0] == [] and len(run(4)[1]) == 8
     old = (tmp_path / "fake-key/000000+3.csv").stat().st_mtime_ns
@@ -366,56 +369,51 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="10 scenes were asked for, and there are 9"):
         run(10)
     assert len(run(9, batch=5)[0]) == 4, "what depends on the batch is not mixed"
-    assert len(run(9, eyes={**eyes, "c": Eye(0)})[0]) == 6, "another machine has to look"
+    three = {**EYES, "c": Eye(0)}
+    assert len(run(9, 1, eyes=three)[0] + run(9, eyes=three)[0]) == 6, "another machine has to look, stopped or not"
     two = [(Fake(settings).method, 6), (Fake([("other", 0.0)]).method, 3), (Fake([("", 1.0)], "Fake, 2").method, 2)]
-    found = evaluate(scenes, two, eyes, tmp_path, False, 3)
+    found = evaluate(scenes, two, EYES, tmp_path, False, 3)
     assert found.groupby(["method", "variant"], sort=False).size().tolist() == [12, 3, 2]
 
 
 SCRIPT = """
 import sys
-import torch
-from test_evaluation import jobs_of, make_scenes
-from slimlib.codec import SlimCodec
-from slimlib.measure.evaluation import evaluate
+from test_evaluation import EYES, evaluate, marked, shared_jobs
 from slimlib.utils import rank_and_world
-torch.set_num_threads(1)
-jobs, machines = jobs_of(sys.argv[1])
-evaluate(make_scenes(12), jobs, machines, sys.argv[2], False, 2, *rank_and_world())
+evaluate(marked(12), shared_jobs(0.3), EYES, sys.argv[1], False, 2, *rank_and_world())
 """
 
 
-def jobs_of(world: str) -> tuple[list[tuple[Method, int]], dict[str, nn.Module]]:
-    codec = SlimCodec.from_pretrained(world, device="cpu", exact=False)
-    slim = methods.slim("SLIM", codec, (0.2, 0.8), ("", "wrong caption", "caption only"), key="k", timed=1)
-    machines = {name: load_machine(f"{world}/machine_{name}", "cpu") for name in "ab"}
-    return [(slim, 12), (methods.classic("webp", (20,)), 5)], machines
+def shared_jobs(pause: float) -> list[tuple[Method, int]]:
+    """Of the second of two processes: blocks 1, 3 and 5 of one method, block 1 of the other."""
+    settings = [("", 0.2), ("", 0.8), ("other", 0.0)]
+    return [(Fake(settings, name, pause=pause).method, count) for name, count in (("one", 12), ("two", 5))]
 
 
-def test_two_processes_share_the_work_and_one_is_killed(world: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_work_and_one_is_killed(tmp_path: Path) -> None:
     """The same command goes on, and what comes out is what one process finds."""
-    store = tmp_path / "store"
+    store, run = tmp_path / "store", [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
     paths = os.pathsep.join([str(Path(__file__).parent), str(ASSETS / "paper"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", SCRIPT, str(world), str(store)]
-    both = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
+    both = [subprocess.Popen(run, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
     deadline, done = time.monotonic() + 240, []
     while not done and both[1].poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-        done = [path for path in store.glob("slim-k/*.csv") if int(path.name[:6]) // 2 % 2]
+        done = [path for path in store.glob("one-key/*.csv") if int(path.name[:6]) // 2 % 2]
     both[1].send_signal(signal.SIGKILL)
     assert both[1].wait() == -signal.SIGKILL and done, "killed in the middle, with something measured"
     assert both[0].wait(timeout=240) == 0
-    jobs, machines = jobs_of(str(world))
-    expected = 12 * 5 + 5 * 3
     kept = {path: set(path.read_text().splitlines()) for path in store.rglob("*.csv")}
-    mine = evaluate(make_scenes(12), jobs, machines, store, False, 2, rank=0, world=2)
-    assert {index // 2 % 2 for index in mine.scene[mine.scene > 3]} == {0} and len(mine) < expected
-    merged = evaluate(make_scenes(12), jobs, machines, store, False, 2, rank=1, world=2)
+
+    def go_on(store: Path | None, *rank_and_world: int) -> pd.DataFrame:
+        return evaluate(marked(12), shared_jobs(0.001), EYES, store, False, 2, *rank_and_world)
+
+    mine = go_on(store, 0, 2)
+    assert {index // 2 % 2 for index in mine.scene[mine.scene > 3]} == {0} and len(mine) < (12 + 5) * 3
+    merged, alone = go_on(store, 1, 2), go_on(None)
     for path, lines in kept.items():  # with their times, which would differ if anything had been measured again
         assert lines <= set(path.read_text().splitlines())
-    alone = evaluate(make_scenes(12), jobs, machines, progress=False, batch=2)
-    assert len(alone) == expected and merged.encode_ms[merged.method == "SLIM"].notna().sum() == 2
+    assert len(alone) == (12 + 5) * 3
     pd.testing.assert_frame_equal(merged.drop(columns=TIMES), alone.drop(columns=TIMES))
 
 
@@ -513,33 +511,29 @@ def test_codecs_share_their_parts(codec: SlimCodec, world: Path) -> None:
 # ---- quick looks
 
 
-def test_latents_by_region(codec: SlimCodec) -> None:
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=(6, 4, 16, 16)).astype(np.float16)
-    masks = np.kron(rng.random((6, 1, 4, 4)) < 0.3, np.ones((4, 4)))
-    model = codec.compressor
-    rows = evaluate_latents(model, z, (255 * masks).astype(np.uint8), (0.0, 1.0), batch=4)
-    assert [row["quality"] for row in rows] == [0, 1] and rows[0]["bpp"] < rows[1]["bpp"] and not model.training
-    x, m = torch.from_numpy(z).float(), torch.from_numpy(masks).float()
-    with torch.no_grad():
-        out = model(x, 1.0)
-    error = (x - out["z_hat"]).square().mean(1, keepdim=True)
-    bits = {name: -p.log2() for name, p in out["likelihoods"].items()}
-    seen, pixels = out["roi_logits"] > 0, 6 * 64**2
-    inside = bits["y"].sum(1, keepdim=True) * nn.functional.avg_pool2d(m, 4)
-    expected = {
-        "quality": 1.0,
-        "bpp": (bits["y"].sum() + bits["h"].sum()) / pixels,
-        "h_bpp": bits["h"].sum() / pixels,
-        "mse": error.mean(),
-        "roi_mse": (error * m).sum() / m.sum(),
-        "background_mse": (error * (1 - m)).sum() / (1 - m).sum(),
-        "roi_bits": inside.sum() / bits["y"].sum(),
-        "roi_area": m.mean(),
-        "roi_iou": (seen & (m > 0.5)).sum() / (seen | (m > 0.5)).sum(),
-    }
-    assert rows[1] == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
-    assert evaluate_latents(model, x, m, (1.0,))[0] == pytest.approx(rows[1], rel=1e-4), "tensors do as well"
+class Known(nn.Module):
+    """A compressor of latents (N, 2, 4, 8) with known errors, bits and map: left half, right half."""
+
+    device, config = torch.device("cpu"), SimpleNamespace(stages=2, factor=4)
+
+    def forward(self, z: Tensor, quality: float) -> dict[str, Any]:
+        left, one = torch.arange(8) < 4, torch.ones(len(z), 1, 1, 1)
+        likelihoods = {"y": one * torch.tensor([2.0**-3, 2.0**-1]), "h": one * 2.0 ** -(2 + quality)}
+        logits = torch.where(torch.arange(8) < 5, 1.0, -1.0) * torch.ones(len(z), 1, 4, 1)  # a column too many
+        return {"z_hat": z + torch.where(left, 1, 2), "likelihoods": likelihoods, "roi_logits": logits}
+
+
+def test_latents_by_region() -> None:
+    masks = np.zeros((5, 1, 4, 8), np.uint8)
+    masks[..., :4] = 255
+    z = np.random.default_rng(0).normal(size=(5, 2, 4, 8))
+    low, high = evaluate_latents(Known(), z.astype(np.float16), masks, (0.0, 1.0), batch=2)
+    expected = {"quality": 0, "bpp": (3 + 1 + 2) / (4 * 8 * 16), "roi_mse": 1, "background_mse": 4, "roi_bits": 3 / 4}
+    assert low == pytest.approx(expected | {"roi_area": 0.5, "roi_iou": 4 / 5}, rel=1e-3)
+    assert high["quality"] == 1 and high["bpp"] == pytest.approx((3 + 1 + 3) / (4 * 8 * 16))
+    assert evaluate_latents(Known(), torch.from_numpy(z), torch.from_numpy(masks / 255), (0.0,))[0] == pytest.approx(
+        low, rel=1e-3
+    )
 
 
 def test_pictures_of_latents_are_made_as_the_codec_makes_them(codec: SlimCodec) -> None:
@@ -554,7 +548,7 @@ def test_pictures_of_latents_are_made_as_the_codec_makes_them(codec: SlimCodec) 
 
     machines: dict[str, Callable] = {"A": machine}
     (row,) = evaluate_latents(model, z, np.ones((5, 1, 16, 16)), (1.0,), 3, (ldm, machines, captions, labels))
-    assert row["A"] == pytest.approx(40)
+    assert row["A"] == pytest.approx(40) and not model.training
     with torch.no_grad():
         z_hat = model(torch.from_numpy(z), 1.0)["z_hat"]
         walk = ldm.enhance(z_hat, captions, config.t0(1.0), config.steps, range(5), config.guidance)

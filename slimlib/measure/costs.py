@@ -15,10 +15,9 @@ Examples:
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import diffusers
@@ -137,6 +136,10 @@ class Plan:
     stage2_steps: int = option(20_000, "steps of stage 2")
     stage2_batch: int = option(16, "pictures of a step of stage 2")
 
+    def __post_init__(self) -> None:
+        if self.size < 64 or self.size % 64:
+            raise ValueError(f"argument --size: {self.size} is not a multiple of 64 pixels")
+
 
 def jobs(plan: Plan) -> pd.DataFrame:
     """Preprocessing, both stages, and the evaluation of one method without ablations.
@@ -147,22 +150,23 @@ def jobs(plan: Plan) -> pd.DataFrame:
     """
     parts = [count(part, plan.size, plan.family) for part in PARTS]
     encoder, decoder, unet, words, captioner, a, b, compressor = parts
+    passed = [unet, decoder, a]  # by the gradient of stage 2, which ends in the compressor
     look = encoder.forward + 2 * (a.forward + a.backward) + captioner.forward
-    code = look + plan.qualities * compressor.forward
-    train, passed = compressor.forward + compressor.backward, [unet, decoder, a]
+    train = compressor.forward + compressor.backward
     through = train + words.forward + sum(part.forward + part.backward for part in passed)
+    judge = decoding(plan) + a.forward + b.forward
 
     def weights(*some: PartCost) -> int:
         return 4 * sum(part.parameters for part in some)
 
     every, learning = weights(*parts), 4 * weights(compressor)  # with its gradient and the two moments of AdamW
-    second = weights(encoder, words, *passed) + learning, sum(part.kept for part in (*passed, compressor))
+    kept = sum(part.kept for part in (*passed, compressor))
     rows = {
         "preprocessing": (plan.train_images, look, weights(encoder, a, captioner), a.kept),
         "stage 1": (plan.stage1_steps * plan.stage1_batch, train, learning, compressor.kept),
-        "stage 2": (plan.stage2_steps * plan.stage2_batch, through, *second),
-        "encoding": (plan.images, code, every, a.kept),
-        "decoding and judging": (plan.images * plan.qualities, decoding(plan) + a.forward + b.forward, every, 0),
+        "stage 2": (plan.stage2_steps * plan.stage2_batch, through, weights(encoder, words, *passed) + learning, kept),
+        "encoding": (plan.images, look + plan.qualities * compressor.forward, every, a.kept),
+        "decoding and judging": (plan.images * plan.qualities, judge, every, 0),
     }
     return pd.DataFrame.from_dict(rows, orient="index", columns=["times", "operations", "weights", "activations"])
 
@@ -184,10 +188,8 @@ def parts_table(size: int = 256, family: str = "sd21") -> pd.DataFrame:
 def jobs_table(plan: Plan, rate: float, gpus: int = 1, price: float = 2.5) -> pd.DataFrame:
     """`jobs` in handy units, with extrapolated hours and dollars (*), and their sums.
 
-    Args:
-        rate: operations a second that one GPU is assumed to reach.
-        gpus: the wall-clock time is divided by them: the best case.
-        price: dollars for an hour of one GPU.
+    One GPU is assumed to reach `rate` operations a second, and costs `price` dollars an hour. Over several the
+    wall-clock time is divided: the best case.
     """
     table = jobs(plan) / [1, 1e12, 1e9, 1e9]
     table.columns = ["times", "each [TFLOP]", "weights [GB]", "activations [GB]"]
@@ -198,30 +200,23 @@ def jobs_table(plan: Plan, rate: float, gpus: int = 1, price: float = 2.5) -> pd
     return table
 
 
-def growth_table(
-    plan: Plan,
-    rate: float,
-    sizes: Sequence[int] = (256, 512),
-    steps: Sequence[int] = (1, 4, 20),
-    gpus: Sequence[int] = (1, 8, 64),
-) -> pd.DataFrame:
+def growth_table(plan: Plan, rate: float, sizes: Sequence = (256, 512), gpus: Sequence = (1, 8, 64)) -> pd.DataFrame:
     """What a decoded picture and the whole plan cost at other sizes, steps K, and numbers of GPUs (*: extrapolated).
 
     Pictures count in proportion, training and test ones alike. Over GPUs the time is divided: the best case. Pictures
     and qualities are independent of each other, and a step of training shares only the compressor's gradients.
     """
     rows = []
-    for size, k in itertools.product(sizes, steps):
-        one = replace(plan, size=size, steps=k)
-        share = (1 + one.guided) * k * count("UNet", size, plan.family).forward / decoding(one)
+    for one in (replace(plan, size=size, steps=k) for size in sizes for k in (1, 4, 20)):
+        share = (1 + one.guided) * one.steps * count("UNet", one.size, one.family).forward / decoding(one)
         hours = jobs_table(one, rate)["GPU hours*"]["all"]
-        row = {"size [px]": size, "K": k, "decoding a picture [TFLOP]": decoding(one) / 1e12}
+        row = {"size [px]": one.size, "K": one.steps, "decoding a picture [TFLOP]": decoding(one) / 1e12}
         rows.append(row | {"UNet's share [%]": 100 * share} | {f"hours on {n} GPU*": hours / n for n in gpus})
     return pd.DataFrame(rows)
 
 
 def digits(x: float) -> str:
-    """A number for a table, four digits of it."""
+    """Four digits of a number; all of a large one."""
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
 
@@ -242,10 +237,9 @@ class Options(Plan):
 
 def command(options: Options) -> int:
     """Print the tables."""
-    plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
     rate = options.tflops * 1e12 * options.share
-    print(f"Counted, for one picture of {plan.size} px:\n\n{as_text(parts_table(plan.size, plan.family))}\n")
-    print(f"{plan}; {options.tflops:g} TFLOP/s at {options.share:.0%}, assumed (*: extrapolated):\n")
-    print(as_text(jobs_table(plan, rate, options.gpus, options.price)))
-    print(f"\nThe same plan with other sizes, steps and GPUs:\n\n{as_text(growth_table(plan, rate))}")
+    print(f"Counted, for one picture of {options.size} px:\n\n{as_text(parts_table(options.size, options.family))}\n")
+    print(f"{options.tflops:g} TFLOP/s at {options.share:.0%}, assumed (*: extrapolated), for {options}:\n")
+    print(as_text(jobs_table(options, rate, options.gpus, options.price)))
+    print(f"\nThe same plan with other sizes, steps and GPUs:\n\n{as_text(growth_table(options, rate))}")
     return 0

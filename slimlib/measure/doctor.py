@@ -13,7 +13,6 @@ Examples:
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import tempfile
 import warnings
@@ -62,31 +61,28 @@ def examine(
 ) -> Iterator[Check]:
     """Run all checks, one after the other.
 
-    Args:
-        scale: what to look at.
-        data: ImageNet pictures, as `Pictures.open` takes them; without, scenes of the pocket data set are looked at.
-        handful: pictures that are looked at, at the most.
-        steps: denoising steps that decoding is timed with.
+    At most `handful` pictures are looked at: of ImageNet, where `data` says as `Pictures.open` takes it, or scenes of
+    the pocket data set. Decoding is timed with each of `steps`.
     """
     where, found = pick_device(device), dict[str, Any]()
-    least = 50 if data else 25  # percent; 76 and 82 are published for all of ImageNet
+    accuracy = partial(_accuracy, least=50 if data else 25)  # percent; 76 and 82 are published for all of ImageNet
     checks: dict[str, tuple] = {  # each with the checks whose result it needs
         "versions": (_versions,),
-        "device": (lambda: _device(where),),
-        "memory": (lambda: _memory(scale, where),),
-        "disk": (lambda: _disk(scale),),
-        "hub": (lambda: _hub(scale),),
-        "diffusion model": (lambda: LatentDiffusion.from_pretrained(scale.ldm, scale.variant, where),),
-        "captioner": (lambda: Captioner.from_pretrained(scale.captioner, device=where),),
-        "machine A": (lambda: load_machine(scale.machine_a, where),),
-        "machine B": (lambda: load_machine(scale.machine_b, where),),
-        "compressor": (lambda: _compressor(scale, where),),
+        "device": (partial(_device, where),),
+        "memory": (partial(_memory, scale, where),),
+        "disk": (partial(_disk, scale),),
+        "hub": (partial(_hub, scale),),
+        "diffusion model": (partial(LatentDiffusion.from_pretrained, scale.ldm, scale.variant, where),),
+        "captioner": (partial(Captioner.from_pretrained, scale.captioner, device=where),),
+        "machine A": (partial(load_machine, scale.machine_a, where),),
+        "machine B": (partial(load_machine, scale.machine_b, where),),
+        "compressor": (partial(_compressor, scale, where),),
         "pictures": (lambda: _pictures(scale, data, found.get("machine A"), handful),),
         "VAE round trip": (_round_trip, "diffusion model", "pictures"),
         "latent": (_latent, "diffusion model", "pictures"),
         "UNet": (_unet, "diffusion model", "pictures"),
-        "top-1, machine A": (partial(_accuracy, least=least), "machine A", "pictures"),
-        "top-1, machine B": (partial(_accuracy, least=least), "machine B", "pictures"),
+        "top-1, machine A": (accuracy, "machine A", "pictures"),
+        "top-1, machine B": (accuracy, "machine B", "pictures"),
         "caption": (_caption, "captioner", "pictures"),
         "stream": (partial(_stream, steps=steps), "diffusion model", "compressor", "pictures"),
     }
@@ -98,16 +94,15 @@ def examine(
         try:
             with torch.no_grad():
                 found[name] = result = work(*(found[need] for need in needs))
-            said = result if isinstance(result, str) else _describe(result)
-            yield Check(name, "note" if isinstance(said, Note) else "ok", said)
+            yield Check(name, "note" if isinstance(result, Note) else "ok", _describe(result))
         except Exception as error:  # whatever a library makes of a broken installation is a finding, not a crash
             kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
             yield Check(name, "FAIL", kind + " ".join(str(error).split()))
 
 
 def _describe(found: Any) -> str:
-    if isinstance(found, list):
-        return f"{len(found)} to look at"
+    if isinstance(found, (str, list)):
+        return found if isinstance(found, str) else f"{len(found)} to look at"
     if isinstance(found, LatentDiffusion):
         factor, predicts = found.vae.config.scaling_factor, found.scheduler.config.prediction_type
         shape = f"factor {found.factor}, {found.latent_channels} channels"
@@ -148,15 +143,17 @@ def free_memory() -> float:
 
 
 def _memory(scale: Scale, where: torch.device) -> str:
-    need = 12.0 if scale.name == "paper" else 2.0  # what assets/paper/trial.py allows; the pocket's is measured
     have = torch.cuda.mem_get_info(where)[0] / 1e9 if where.type == "cuda" else free_memory()
+    need = 12.0 if scale.name == "paper" else 2.0  # what assets/paper/trial.py allows; the pocket's is measured
     said = f"{have:.1f} GB free on {where.type}, {need:g} wanted"
     return _expect(have >= need, said, "end what else runs, or take a smaller --size")
 
 
 def _disk(scale: Scale) -> str:
-    remote, cache = bool(_remote(scale)), Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    place = next(path for path in (cache, *cache.parents) if path.exists()) if remote else Path.cwd()
+    from huggingface_hub.constants import HF_HOME
+
+    remote = bool(_remote(scale))
+    place = next(path for path in (Path(HF_HOME), *Path(HF_HOME).parents) if path.exists()) if remote else Path.cwd()
     free, need = shutil.disk_usage(place).free / 1e9, 12.0 if remote else 1.0
     said = f"{free:.1f} GB free at {place}, {need:g} wanted"
     return _expect(free >= need, said, "set HF_HOME to a larger disk for the models")
@@ -202,8 +199,8 @@ def _pictures(scale: Scale, data: str, machine: Any, handful: int) -> list[tuple
         return [(prepare(image, "crop", scale.size), label) for image, label in chosen]
     known = {name: label for label, name in enumerate(machine.classes)} if machine else {}
     test = PocketScenes("test", scale.size)
-    scenes = sorted((test[i] for i in range(4 * handful)), key=lambda scene: CLASSES[scene.label] not in known)
-    return [(scene.image, known.get(CLASSES[scene.label])) for scene in scenes[:handful]]  # known ones first
+    pairs = [(scene.image, known.get(CLASSES[scene.label])) for scene in (test[i] for i in range(4 * handful))]
+    return sorted(pairs, key=lambda pair: pair[1] is None)[:handful]  # known ones first
 
 
 def _round_trip(ldm: LatentDiffusion, pictures: list) -> str:
@@ -286,9 +283,7 @@ def command(options: Options) -> int:
     """Print all checks; 0 if none failed, else 1."""
     quiet_libraries()
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")  # what timm asks of the hub's client
-    given = {
-        name: getattr(options, name) for name in ("ldm", "compressor", "variant", "size") if getattr(options, name)
-    }
+    given = {name: value for name, value in vars(options).items() if value and name not in ("scale", "data", "device")}
     statuses = []
     for check in examine(replace(Scale.from_name(options.scale), **given), options.data, options.device):
         print(check, flush=True)
