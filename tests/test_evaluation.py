@@ -379,8 +379,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from test_evaluation import EYES, evaluate, marked, shared_jobs
-from slimlib.utils import rank_and_world
-evaluate(marked(12), shared_jobs(0.3), EYES, sys.argv[1], False, 2, *rank_and_world())
+evaluate(marked(12), shared_jobs(0.3), EYES, sys.argv[1], False, 2)
 """
 
 
@@ -390,12 +389,13 @@ def shared_jobs(pause: float) -> list[tuple[Method, int]]:
     return [(Fake(settings, name, pause=pause).method, count) for name, count in (("one", 12), ("two", 5))]
 
 
-def test_two_processes_share_the_work_and_one_is_killed(tmp_path: Path) -> None:
+def test_two_processes_share_the_work_and_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command goes on, and what comes out is what one process finds."""
     store, run = tmp_path / "store", [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
     paths = os.pathsep.join([str(Path(__file__).parent), str(ASSETS / "paper"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WORLD_SIZE": "2"}
-    both = [subprocess.Popen(run, env={**environment, "RANK": str(rank)}) for rank in (0, 1)]
+    for name, value in {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    both = [subprocess.Popen(run, env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
     deadline, done = time.monotonic() + 240, []
     while not done and both[1].poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -405,12 +405,13 @@ def test_two_processes_share_the_work_and_one_is_killed(tmp_path: Path) -> None:
     assert both[0].wait(timeout=240) == 0
     kept = {path: set(path.read_text().splitlines()) for path in store.rglob("*.csv")}
 
-    def go_on(store: Path | None, *rank_and_world: int) -> pd.DataFrame:
-        return evaluate(marked(12), shared_jobs(0.001), EYES, store, False, 2, *rank_and_world)
+    def go_on(store: Path | None, rank: str) -> pd.DataFrame:
+        monkeypatch.setenv("RANK", rank)
+        return evaluate(marked(12), shared_jobs(0.001), EYES, store, False, 2)
 
-    mine = go_on(store, 0, 2)
+    mine = go_on(store, "0")
     assert {index // 2 % 2 for index in mine.scene[mine.scene > 3]} == {0} and len(mine) < (12 + 5) * 3
-    merged, alone = go_on(store, 1, 2), go_on(None)
+    merged, alone = go_on(store, "1"), go_on(None, "1")
     for path, lines in kept.items():  # with their times, which would differ if anything had been measured again
         assert lines <= set(path.read_text().splitlines())
     assert len(alone) == (12 + 5) * 3
@@ -468,9 +469,9 @@ def test_the_command(place: SimpleNamespace, tmp_path: Path, capsys: Any, monkey
 
 
 def test_a_process_that_is_not_the_last(place: SimpleNamespace, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
     rest = {"only": ["WebP"], "batch": 2, "device": "cpu", "quiet": True, "work": tmp_path / "work"}
     options = Options(scale=place.models, data=place.data, scenes=4, out=tmp_path / "out", **rest)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, said in (("0", "other processes are still at work"), ("1", "WebP")):
         monkeypatch.setenv("RANK", rank)
         evaluation.command(options)

@@ -98,9 +98,8 @@ def command(options: Options) -> int:
     if isinstance(scenes, ImageNetScenes):
         machines = {name: AsPublished(machine) for name, machine in machines.items()}
     jobs = all_jobs(options, scale, scenes)
-    rank, world = utils.rank_and_world()
-    show = not options.quiet and rank == 0
-    results = evaluate(scenes, jobs, machines, options.work, show, options.batch, rank, world)
+    show = not options.quiet and utils.rank_and_world()[0] == 0
+    results = evaluate(scenes, jobs, machines, options.work, show, options.batch)
     if len(results) < sum(n * len(method.settings) for method, n in jobs):
         print("other processes are still at work: the last one writes the tables, or the same command given again does")
         return 0
@@ -179,8 +178,6 @@ def evaluate(
     store: str | Path | None = None,
     progress: bool = True,
     batch: int = BATCH,
-    rank: int = 0,
-    world: int = 1,
 ) -> pd.DataFrame:
     """Run methods over scenes, and let machines look at what comes out.
 
@@ -188,9 +185,9 @@ def evaluate(
         scenes: square scenes of one size.
         jobs: methods, each with the number of scenes, from the first on, that it is measured on.
         machines: by the names that they have in the columns; each takes (B, 3, H, W) in [0, 1] and has a `mean`.
-        store: folder that keeps results as they come, and gives those of earlier runs; None for neither.
+        store: folder that keeps results as they come, and gives those of earlier runs. Several processes share it: block
+            b is the work of process b % world, and each returns what all have stored so far.
         batch: scenes that go through the networks together: a block.
-        rank, world: block b is the work of process b % world, which returns what all have stored so far.
 
     Returns:
         A row for each method, variant, quality and scene (its index), with label and seen (whether training knew the
@@ -216,7 +213,7 @@ def evaluate(
     most = max(count for _, count in jobs)
     if most > len(scenes):
         raise ValueError(f"{most} scenes were asked for, and there are {len(scenes)}")
-    blocks = range(-(-most // batch))
+    blocks, (rank, world) = range(-(-most // batch)), utils.rank_and_world() if store else (0, 1)
     mine = [(block, *job) for block in blocks[rank::world] for job in jobs if block * batch < job[1]]
     bar = tqdm(total=sum(len(m.settings) for _, m, _ in mine), disable=not progress, unit="setting", mininterval=5)
     shared, seen_by = None, {f"top1_{name}" for name in machines}
