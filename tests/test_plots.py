@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -21,7 +20,7 @@ def image() -> Image.Image:
 def test_everything_draws_with_the_style(image: Image.Image) -> None:
     with plt.style.context(ASSETS / "slim.mplstyle"):
         before = dict(mpl.rcParams)
-        figure, axes = plt.subplots(3, 4)
+        figure, axes = plt.subplots(2, 4)
         returned = plots.image_row(axes[0], image, np.ones((8, 12)), Image.new("RGB", image.size))
         assert [ax.get_title(loc="left") for ax in returned] == ["original", "region of interest", "decoded", "error"]
         shown = [ax.images[-1].get_array() for ax in returned]
@@ -45,17 +44,11 @@ def test_everything_draws_with_the_style(image: Image.Image) -> None:
         (line,) = ax[3].lines
         assert line.get_linestyle() == "--" and line.get_xydata() == pytest.approx(np.array([[0.1, 60], [0.2, 80]]))
         assert ax[3].collections[0].get_datalim(ax[3].transData).extents == pytest.approx([0.1, 50, 0.2, 90])
-        dots = {"SLIM": (50.0, 40.0, 60.0), "no caption": (45.0, 36.0, 55.0)}
-        assert plots.interval_dots(axes[2, 0], dots, "Top-1 accuracy [%]", "SLIM") is axes[2, 0]
-        assert [text.get_text() for text in axes[2, 0].get_yticklabels()] == list(dots)
-        assert axes[2, 0].get_ylim()[0] > axes[2, 0].get_ylim()[1], "the first is on top"
-        assert [50, 50] in [list(line.get_xdata()) for line in axes[2, 0].lines], "a line through the reference"
-        ends = [bars.get_segments()[0][:, 0].tolist() for bars in axes[2, 0].collections]
-        assert ends == [[40, 60], [36, 55]]
         assert plots.log_rate(ax[3]) is ax[3]
         figure.canvas.draw()
         ax[3].set_xlim(0.02, 2)
-        assert [tick.get_text() for tick in ax[3].get_xticklabels()][-5:-1] == ["0.1", "0.3", "1", "3"]
+        ticks = [tick.get_text() for tick in ax[3].get_xticklabels() if 0.02 < tick.get_position()[0] < 2]
+        assert ticks == ["0.03", "0.1", "0.3", "1"]
         assert dict(mpl.rcParams) == before
         plt.close(figure)
 
@@ -73,9 +66,7 @@ def test_what_notebooks_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "display", lambda data, raw: shown.append(data))
     plots.say("**42** bytes")
     plots.table(["a", ""], [[1, "x"], [2.5, "y"]])
-    plots.table(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
     plots.show_photographs(plt.figure())
     lines = "| a |  |\n| --- | --- |\n| 1 | x |\n| 2.5 | y |"
     assert [data.get("text/markdown") for data in shown[:2]] == ["**42** bytes", lines]
-    assert shown[2]["text/markdown"] == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
-    assert shown[3]["image/jpeg"][:2] == b"\xff\xd8" and not plt.get_fignums()
+    assert shown[2]["image/jpeg"][:2] == b"\xff\xd8" and not plt.get_fignums()

@@ -28,8 +28,7 @@ from slimlib.images import to_images, to_tensor
 from slimlib.stream import StreamHeader, pack, unpack
 
 CODECS = ("jpeg", "webp", "avif", "jpegxl", "jpeg2000")
-SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-"""Sizes that `nearest_size` tries, as a share of the picture's sides."""
+SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # sizes that `nearest_size` tries, as a share of the picture's sides
 
 # ------------------------------------------------------------------------------------------- the classic codecs
 
@@ -121,10 +120,8 @@ def payload_bytes(data: bytes, codec: str) -> int:
 
 # ----------------------------------------------------------------------------------------- the learned baseline
 
-CONTRAST = 4.0
-"""Pixels in [0, 1] are spread by this, so that what the transform sees has about unit variance, as a latent has."""
-PATCH = 4
-"""Pixels along one side of a patch: 4 x 4 pixels of three colours stand as 48 channels on the grid of SLIM's latent."""
+CONTRAST = 4.0  # pixels in [0, 1] are spread by this to about unit variance, which a latent has
+PATCH = 4  # pixels along one side of a patch: 4 x 4 of three colours are 48 channels on the grid of SLIM's latent
 COLOUR = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / torch.tensor([[3.0], [2.0], [6.0]]).sqrt()
 """Orthonormal rows: brightness and two differences. It keeps squared errors as they are, and parts the colours."""
 

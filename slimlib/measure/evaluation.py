@@ -47,14 +47,10 @@ from slimlib.measure.metrics import compare, interval
 from slimlib.scales import ASSETS, Scale
 from slimlib.utils import option, write_file
 
-RESULTS = ASSETS / "results"
-"""Where the shipped tables lie."""
-BATCH = 50
-"""Scenes that go through the networks together, and whose results share a file."""
-SETTING = ["method", "variant", "quality"]
-"""Columns that tell the points of the curves apart; a method as it is has the variant ""."""
-AS_IT_IS = "as it is"
-"""Variant in the table: the method itself, on the scenes of its ablations, which are fewer."""
+RESULTS = ASSETS / "results"  # where the shipped tables lie
+BATCH = 50  # scenes that go through the networks together, and whose results share a file
+SETTING = ["method", "variant", "quality"]  # tells the points of the curves apart; a method as it is has the variant ""
+AS_IT_IS = "as it is"  # variant in the table: the method itself, on the scenes of its ablations, which are fewer
 BEST_CLASSIC = "best classic, payload"
 
 
@@ -185,8 +181,8 @@ def evaluate(
         scenes: square scenes of one size.
         jobs: methods, each with the number of scenes, from the first on, that it is measured on.
         machines: by the names that they have in the columns; each takes (B, 3, H, W) in [0, 1] and has a `mean`.
-        store: folder that keeps results as they come, and gives those of earlier runs. Several processes share it: block
-            b is the work of process b % world, and each returns what all have stored so far.
+        store: folder that keeps results as they come, and gives those of earlier runs. Several processes share it:
+            block b is the work of process b % world, and each returns what all have stored so far.
         batch: scenes that go through the networks together: a block.
 
     Returns:

@@ -36,8 +36,7 @@ from slimlib.utils import autocast
 
 SPENT = ["size", "payload", "caption", "hyper", "latent", "roi_bits", "encode_ms", "decode_ms"]
 QUALITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-TIMED = 8
-"""Scenes that also go through the codec one at a time, for the clock."""
+TIMED = 8  # scenes that also go through the codec one at a time, for the clock
 SLIM_FOLDERS = {
     "SLIM": "compressor_stage2",
     "SLIM, stage 1": "compressor",

@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-MIN_OVERLAP = 0.3
-"""Least share that two curves must have in common, of all that they cover, for a delta."""
-ENDS = 0.025, 0.975
-"""Quantiles that bound the middle 95% of all resamples."""
-Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
-"""Rates and accuracies of a method, in any order."""
+MIN_OVERLAP = 0.3  # least share that two curves must have in common, of all that they cover, for a delta
+ENDS = 0.025, 0.975  # quantiles that bound the middle 95% of all resamples
+Curve = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]  # rates and accuracies, in any order
 
 
 class NoOverlap(ValueError):

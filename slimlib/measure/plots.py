@@ -137,25 +137,8 @@ def rate_curve(ax: Axes, bpp: Sequence, accuracy: Sequence, method: str, interva
 def log_rate(ax: Axes) -> Axes:
     """Make the bit-rate axis logarithmic, with plain numbers at 1 and 3 of each decade."""
     ax.set(xscale="log", xlabel="Bit-rate [bpp]")
-    ax.xaxis.set(major_locator=LogLocator(subs=(1, 3)), minor_locator=NullLocator(), major_formatter="{x:g}")
-    return ax
-
-
-def interval_dots(ax: Axes, rows: Mapping[str, Sequence[float]], label: str, reference: str | None = None) -> Axes:
-    """Values with their intervals, one above the other, the first on top.
-
-    Args:
-        rows: name to (value, low, high).
-        label: of the horizontal axis, with its unit.
-        reference: the row to compare with: drawn in colour, with a line through its value.
-    """
-    for name, (value, low, high) in rows.items():
-        colour = COLOURS["SLIM"] if name == reference else "#595959"
-        ax.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", color=colour)
-        if name == reference:
-            ax.axvline(value, color=colour, linewidth=0.8, linestyle=":")
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel=label)
-    ax.grid(False, axis="y")
+    ticks = LogLocator(subs=(1, 3), numticks=99)
+    ax.xaxis.set(major_locator=ticks, minor_locator=NullLocator(), major_formatter="{x:g}")
     return ax
 
 
@@ -172,10 +155,8 @@ def say(text: str) -> None:
     display({"text/markdown": text, "text/plain": text}, raw=True)
 
 
-def table(head: Sequence[str] | pd.DataFrame, body: Iterable[Sequence[object]] = ()) -> None:
-    """Show a DataFrame, or a line of names and rows under it, as a Markdown table."""
-    if isinstance(head, pd.DataFrame):
-        return table(list(map(str, head.columns)), head.itertuples(index=False))
+def table(head: Sequence[str], body: Iterable[Sequence[object]]) -> None:
+    """Show a line of names and rows under it as a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     say("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
 
