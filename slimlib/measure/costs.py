@@ -33,18 +33,9 @@ from slimlib.scales import ASSETS
 from slimlib.utils import option
 
 TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
-CAPTION_TOKENS = 12
-"""Tokens of a caption, start and end counted: one pass of the captioner's decoder each, without what it has cached."""
-PARTS = {
-    "VAE encoder": "vae",
-    "VAE decoder": "vae",
-    "UNet": "unet_{family}",
-    "text encoder": "text_encoder_{family}",
-    "captioner": "captioner",
-    "machine A": "machine_a",
-    "machine B": "machine_b",
-    "compressor": "compressor",
-}
+CAPTION_TOKENS = 12  # start and end counted: one pass of the captioner's decoder each, without what it has cached
+PARTS = {"VAE encoder": "vae", "VAE decoder": "vae", "UNet": "unet_{family}", "text encoder": "text_encoder_{family}"}
+PARTS |= {"captioner": "captioner", "machine A": "machine_a", "machine B": "machine_b", "compressor": "compressor"}
 """The networks, and their configurations in assets/paper."""
 
 

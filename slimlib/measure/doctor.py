@@ -104,9 +104,9 @@ def _describe(found: Any) -> str:
     if isinstance(found, (str, list)):
         return found if isinstance(found, str) else f"{len(found)} to look at"
     if isinstance(found, LatentDiffusion):
-        factor, predicts = found.vae.config.scaling_factor, found.scheduler.config.prediction_type
-        shape = f"factor {found.factor}, {found.latent_channels} channels"
-        return f"{shape}, scaling {factor:g}, predicts {predicts}, fingerprint {found.fingerprint().hex()[:8]}"
+        shape = f"factor {found.factor}, {found.latent_channels} channels, scaling {found.vae.config.scaling_factor:g}"
+        kind = found.scheduler.config.prediction_type
+        return f"{shape}, predicts {kind}, fingerprint {found.fingerprint().hex()[:8]}"
     return f"{sum(p.numel() for p in getattr(found, 'model', found).parameters()) / 1e6:.1f} million parameters"
 
 
