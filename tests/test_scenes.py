@@ -78,10 +78,16 @@ def test_nouns_end_in_their_class():
     assert all(c.noun.endswith(CLASSES[c.label]) for c in CUTOUTS)
 
 
-@pytest.mark.parametrize("arguments", [("dev",), ("train", 8), ("train", 4096), ("train", 64.0), ("train", 64, -1)])
-def test_what_does_not_exist_is_an_error(arguments):
+@pytest.mark.parametrize("wrong", [("dev",), ("train", 8), ("train", 4096), ("val", 64, 0, 0), ("val", 64, 0, 1241)])
+def test_what_does_not_exist_is_an_error(wrong):
     with pytest.raises(ValueError, match="expected"):
-        PocketScenes(*arguments)
+        PocketScenes(*wrong)
+
+
+def test_a_fingerprint_changes_with_the_scenes_but_not_with_their_number():
+    worlds = [("val", 64), ("test", 64), ("val", 32), ("val", 64, 1), ("val", 64, 0, 5)]
+    prints = [PocketScenes(*world).fingerprint() for world in worlds]
+    assert len(set(prints)) == 4 and prints[0] == prints[4] and len(PocketScenes("val", 64, 0, 5)) == 5
 
 
 @pytest.mark.parametrize("index", [-1, SPLITS["test"]])
