@@ -138,18 +138,14 @@ class Pictures(Sequence):
 
     @classmethod
     def from_hub(cls, name: str, split: str, folder: str | Path, n: int | None = None, seed: int = 0) -> Pictures:
-        """A subset of a Hugging Face data set, streamed: the n pictures of `subset` are kept in `folder`, no others.
+        """A Hugging Face data set, streamed once, up to the last of the n pictures of `subset`, or of all.
 
-        Streaming passes over the data once, up to the last picture that is wanted; what was kept is not fetched again.
+        They are kept, undecoded, in a folder of `folder` for this data set and split, and not fetched again.
 
         Args:
             name: "ILSVRC/imagenet-1k", "timm/imagenet-1k-wds@revision", or a local folder that `datasets` can read.
-            split: "validation" or "train".
-            folder: gets a folder for this data set and split, with the pictures as they were stored, undecoded.
-            n: how many; None for all.
 
         Raises:
-            ImportError: the package `datasets` is missing.
             OSError: the hub does not give it; says why and what to do.
             ValueError: its classes are not ImageNet's, or it is laid out otherwise.
         """
@@ -186,11 +182,13 @@ class Pictures(Sequence):
 
     @classmethod
     def open(cls, data: str, split: str, folder: str | Path, n: int | None = None, seed: int = 0) -> Pictures:
-        """Any of the three by one word; the other arguments are those of `from_hub`.
+        """Any of the three by one word, all pictures or the n of `subset`.
 
         Args:
             data: a split's folder of class folders, or the folder with train/ and val/ in it; a pattern of shards
                 (ends in .tar), where "{split}" stands for the split; or "hub:owner/name".
+            split: "validation" or "train".
+            folder: where pictures of the hub are kept.
         """
         if data.startswith("hub:"):
             return cls.from_hub(data.removeprefix("hub:"), split, folder, n, seed)
