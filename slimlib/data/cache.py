@@ -116,7 +116,9 @@ def fill(
     out, factor = Path(out), ldm.factor if ldm else 4
     made: dict[str, Any] = {"roi": "clipseg" if clipseg else "gradcam" if machine else "matte", "factor": factor}
     made |= {"latents": ldm is not None, "images": keep_images, "block": block}
-    about = _begin(out, {"pictures": len(scenes), **about, **made})
+    about = {"pictures": len(scenes), **about, **made}
+    _begin(out, about)
+    apart = torch.Generator()  # for a DataLoader draws a seed even where nothing is shuffled
 
     @torch.no_grad()
     def look(some: list[Scene]) -> dict[str, np.ndarray]:
@@ -144,21 +146,21 @@ def fill(
     todo = [(number, path) for number, path in _missing(out, about).items() if number % world == rank]
     for number, path in tqdm(todo, unit="block", disable=not progress):
         own = range(number * block, min((number + 1) * block, len(scenes)))
-        options: dict[str, Any] = {"collate_fn": list, "num_workers": workers, "generator": torch.Generator()}
-        parts = [look(some) for some in DataLoader(scenes, batch, sampler=own, **options)]  # type: ignore[arg-type]
+        loader = DataLoader(scenes, batch, sampler=own, collate_fn=list, num_workers=workers, generator=apart)
+        parts = [look(some) for some in loader]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         words = {name: found.pop(name).tolist() for name in ("captions", "places")}
         found["words"] = np.frombuffer(json.dumps(words).encode(), np.uint8)
         write_file(path, save({name: np.ascontiguousarray(array) for name, array in found.items()}))
     missing = len(_missing(out, about))
-    if not missing:
+    if not missing and not (out / "whole").is_dir():
         _join(out, about)
     return missing
 
 
-def _begin(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+def _begin(out: Path, about: dict[str, Any]) -> None:
     """Say what the cache is of, or check that it is of this. Several processes may come at once."""
-    path, about = out / "about.json", json.loads(json.dumps(about))
+    path = out / "about.json"
     if not path.exists():
         write_file(path, (json.dumps(about, indent=1) + "\n").encode())
     there = json.loads(path.read_text())
@@ -166,7 +168,6 @@ def _begin(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     if keys:
         differing = "; ".join(f"{key}: {there.get(key)} there, {about.get(key)} asked for" for key in keys)
         raise ValueError(f"{out} was begun with other settings ({differing}). Use another folder.")
-    return about
 
 
 def _missing(folder: Path, about: dict[str, Any]) -> dict[int, Path]:
@@ -177,8 +178,6 @@ def _missing(folder: Path, about: dict[str, Any]) -> dict[int, Path]:
 
 def _join(folder: Path, about: dict[str, Any]) -> None:
     """All blocks as one file an array, in a folder that has another name until it is whole."""
-    if (folder / "whole").is_dir():
-        return
     words: dict[str, list[str]] = {"captions": [], "places": []}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".whole.") as temporary:
         fresh = Path(temporary) / "whole"
@@ -193,8 +192,8 @@ def _join(folder: Path, about: dict[str, Any]) -> None:
             for name, array in found.items():
                 with (fresh / f"{name}.npy").open("ab") as file:
                     if not file.tell():
-                        shape = (about["pictures"], *array.shape[1:])
-                        layout = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
+                        layout = np.lib.format.header_data_from_array_1_0(array)
+                        layout["shape"] = (about["pictures"], *array.shape[1:])
                         np.lib.format.write_array_header_1_0(file, layout)
                     file.write(array.tobytes())
         (fresh / "words.json").write_text(json.dumps(words))
@@ -248,9 +247,8 @@ def command(options: Options) -> int:
         if options.roi == "clipseg":
             about["models"].append(options.clipseg)
             models["clipseg"] = ClipSeg(options.clipseg, device)
-    rank, world = rank_and_world()
-    more = {"rank": rank, "world": world, "workers": options.workers, "progress": not options.quiet}
-    settings = {"about": about, "keep_images": options.keep_images, "batch": options.batch}
-    missing = fill(scenes, options.out, **models, **settings, **more)  # type: ignore[arg-type]
+    more = {"keep_images": options.keep_images, "workers": options.workers, "progress": not options.quiet}
+    more["rank"], more["world"] = rank_and_world()
+    missing = fill(scenes, options.out, about=about, batch=options.batch, **models, **more)  # type: ignore[arg-type]
     print(f"{options.out}: {len(scenes)} pictures, " + (f"{missing} blocks are missing" if missing else "all done"))
     return 0
