@@ -65,11 +65,7 @@ class Pictures(Sequence):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:  # type: ignore[override]
-        """Picture `index` as upright RGB, and its label.
-
-        Raises:
-            ValueError: the file is damaged; says which.
-        """
+        """Picture `index` as upright RGB, and its label; ValueError says which file is damaged."""
         key, label, path, offset, size = self.samples[index]
         with path.open("rb") as file:
             file.seek(offset)
