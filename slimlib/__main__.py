@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import math
 import os
 import sys
 import time
@@ -25,10 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # torch takes seconds to import: not for --help, and not for a mistyped command
-    from slimlib.codec import SlimCodec
+import slimlib  # and nothing that imports torch, which takes seconds: not for --help, and not for a mistyped command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,14 +68,9 @@ def _run(name: str, words: list[str]) -> int:
     parser.epilog = "examples:" + examples.partition("Examples:")[2]
     for file in files:
         parser.add_argument(file, type=Path, help=FILES[file])
-    try:
-        found = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
-    except ValueError as error:  # raised by the dataclass
-        parser.error(str(error))
-    options, *paths, unknown = found
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return command(options, **(vars(paths[0]) if paths else {}))
+    given = vars(parser.parse_args(words))
+    paths = [given.pop(file) for file in files]
+    return command(kind(**given), *paths)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -104,12 +97,6 @@ class Inspect:
     """Show what a .slim file holds, and who spent how many bytes."""
 
     scale: str = _option("pocket", "pocket, paper, or a folder of models")
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            most = 1 if name == "quality" else math.inf
-            if isinstance(value, (int, float)) and not 0 <= value <= most:
-                raise ValueError(f"argument --{name}: {value} is not a number from 0 to {most}")
 
 
 @dataclass
@@ -138,9 +125,7 @@ def compress(options: Compress, picture: Path, stream: Path) -> int:
     data = codec.compress(picture, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
     seconds, report = time.perf_counter() - start, codec.inspect(data)
     write_file(stream, data)
-    words = f'caption "{report.caption}"' if report.caption else "no caption"
-    size = f"{report.size} bytes, {report.bpp:.4f} bpp at {report.width} x {report.height}"
-    print(f"{stream}: {size}, {words}, {1000 * seconds:.0f} ms")
+    print(f"{stream}, {1000 * seconds:.0f} ms: {report}")
     return 0
 
 
@@ -157,7 +142,7 @@ def decompress(options: Decompress, stream: Path, picture: Path) -> int:
     seconds, file = time.perf_counter() - start, io.BytesIO()
     image.save(file, format=kind)
     write_file(picture, file.getvalue())
-    print(f"{picture}: {image.width} x {image.height} pixels, {1000 * seconds:.0f} ms")
+    print(f"{picture}, {1000 * seconds:.0f} ms: {image.width} x {image.height} pixels")
     return 0
 
 
@@ -166,23 +151,16 @@ def inspect(options: Inspect, stream: Path) -> int:
     return 0
 
 
-def _open(scale: str, source: Path, output: Path | None = None, force: bool = False) -> SlimCodec:
+def _open(scale: str, source: Path, output: Path | None = None, force: bool = False) -> slimlib.SlimCodec:
     """The codec; what is wrong with the files is said before the models are loaded."""
-    with source.open("rb"):  # it is there, and may be read
-        pass
-    if output is not None:
-        if output.is_dir():
-            raise ValueError(f"{output} is a folder; name a file in it")
-        if not output.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {output.absolute().parent}; make it first")
-        if output.exists() and output.samefile(source):
-            raise ValueError(f"{output} is the input; name another output")
-        if output.exists() and not force:
+    source.open("rb").close()  # it is there, and may be read
+    if output and output.exists():
+        if output.is_dir() or output.samefile(source):
+            raise ValueError(f"{output} is a folder, or the input; name another output")
+        if not force:
             raise ValueError(f"{output} is already there; add --force to overwrite it")
     print(f"loading the models ({scale}) ...", file=sys.stderr)
-    from slimlib.codec import SlimCodec
-
-    return SlimCodec.from_pretrained(scale)
+    return slimlib.SlimCodec.from_pretrained(scale)
 
 
 FILES = {"picture": "anything that Pillow opens, or writes by its ending, such as .png", "stream": "a .slim file"}

@@ -10,8 +10,8 @@ is renamed, streams, pixels, trained weights and the evaluation's table have to 
 
 Hashes of floating-point work hold for one kind of processor and one set of libraries. Both stand in the record, and a
 warning says where they differ: then write the record anew from the commit that it names, and compare with that one.
-What this file knows of slimlib stands in its imports and in the section "the adapter", but for the codec's three public
-verbs and the names of a training's settings. Where a name moves, only these have to follow.
+What this file knows of slimlib stands in its imports and in the section "the adapter", but for the codecs' public verbs
+and the names of a training's settings. Where a name moves, only these have to follow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.numpy import load_file
 
 from slimlib.codec import SlimCodec
@@ -61,8 +60,7 @@ FEW, FEW_QUALITIES = 8, (0.2, 0.8)  # what --quick takes
 
 
 def scenes(split: str, size: int, count: int) -> list[Scene]:
-    data = PocketScenes(split, size)
-    return [data[i] for i in range(count)]
+    return list(PocketScenes(split, size, n=count))
 
 
 def open_codec(weights: str | None = None, exact: bool = True) -> SlimCodec:
@@ -74,28 +72,6 @@ def open_codec(weights: str | None = None, exact: bool = True) -> SlimCodec:
 
 def machine(name: str) -> Machine:
     return load_machine(str(POCKET / name), "cpu")
-
-
-def latents(codec: SlimCodec, streams: list[bytes]) -> list[bytes]:
-    """The decompressed latents as float32, before any diffusion."""
-    return [decoded.z_hat.numpy().astype("<f4").tobytes() for decoded in map(codec.read, streams)]
-
-
-def compress(
-    codec: SlimCodec, images: list[Image.Image], quality: float, captions: list[str] | str | None
-) -> list[bytes]:
-    words = captions if isinstance(captions, list) else [captions] * len(images)
-    return [codec.compress(image, quality, text) for image, text in zip(images, words, strict=True)]
-
-
-def pixel_codec(weights: str) -> PixelCodec:
-    return PixelCodec.from_pretrained(POCKET / weights, "cpu")
-
-
-def classic(image: Image.Image, codec: str, quality: int) -> tuple[bytes, int]:
-    """A file, and how many of its bytes are the picture itself."""
-    data = encode_classic(image, codec, quality)
-    return data, payload_bytes(data, codec)
 
 
 def train(stage: int, settings: dict, out: Path, one_step: bool = False) -> None:
@@ -119,14 +95,11 @@ def evaluation_rows(count: int) -> list[dict]:
     """The evaluation's table of some methods over the first test scenes, without its times."""
     slim, first = open_codec(exact=False), open_codec("compressor", exact=False)
     variants = ("", "no caption", "no diffusion", "oracle crop", "caption only")
-    jobs = [
-        methods.ceiling(slim),
-        methods.slim("SLIM", slim, FEW_QUALITIES, variants, timed=0),
-        methods.slim("SLIM, stage 1", first, FEW_QUALITIES, timed=0),
-        methods.pixels("hyperprior", pixel_codec("baseline_mse"), FEW_QUALITIES),
-        methods.pixels("hyperprior, machine loss", pixel_codec("baseline_task"), FEW_QUALITIES),
-        methods.classic("webp", (20, 60)),
-    ]
+    jobs = [methods.ceiling(slim), methods.slim("SLIM", slim, FEW_QUALITIES, variants, timed=0)]
+    jobs.append(methods.slim("SLIM, stage 1", first, FEW_QUALITIES, timed=0))
+    for name, weights in (("hyperprior", "baseline_mse"), ("hyperprior, machine loss", "baseline_task")):
+        jobs.append(methods.pixels(name, PixelCodec.from_pretrained(POCKET / weights, "cpu"), FEW_QUALITIES))
+    jobs.append(methods.classic("webp", (20, 60)))
     machines = {"a": machine("machine_a"), "b": machine("machine_b")}
     results = evaluate(PocketScenes("test"), [(method, count) for method in jobs], machines, progress=False)
     rows = summarise(results).drop(columns=["encode_ms", "decode_ms"]).to_dict("records")
@@ -151,27 +124,28 @@ def record_scenes(quick: bool) -> dict:
 def record_codec(quick: bool) -> dict:
     record: dict[str, Any] = {}
 
-    def put(name: str, items: Sequence[bytes], quality: float) -> None:
+    def put(name: str, items: list[bytes], quality: float) -> None:
         counts = {FEW, len(items)} if quality in FEW_QUALITIES else {len(items)}
         record.update({f"{name}, {count} scenes": sha(items[:count]) for count in sorted(counts)})
 
     images = [scene.image for scene in scenes("test", 128, FEW if quick else SCENES)]
     shipped = open_codec()
     say("codec: captions")
-    auto = compress(shipped, images, FEW_QUALITIES[0], "auto")
+    auto = [shipped.compress(image, FEW_QUALITIES[0]) for image in images]
     captions = [shipped.inspect(stream).caption for stream in auto]
     record |= {f"captions, {count} scenes": captions[:count] for count in (FEW, len(images))}
-    if compress(shipped, images, FEW_QUALITIES[0], captions) != auto:
-        raise AssertionError("a caption given as text makes another stream than the same one found by the codec")
+    typed = [shipped.compress(image, FEW_QUALITIES[0], text) for image, text in zip(images, captions, strict=True)]
+    assert typed == auto, "a caption given as text makes another stream than the same one found by the codec"
     for weights in ("compressor", "compressor_uniform", "compressor_stage2"):
         codec = open_codec(weights)
         for quality in FEW_QUALITIES if quick else QUALITIES:
             say(f"codec: {weights}, quality {quality:g}")
-            for kind, given in (("auto", captions), ("none", None)):
+            for kind, given in (("auto", captions), ("none", [None] * len(images))):
                 name = f"{weights}, quality {quality:g}, caption {kind}"
-                streams = compress(codec, images, quality, given)
+                streams = [codec.compress(image, quality, text) for image, text in zip(images, given, strict=True)]
                 put(f"{name}, streams", streams, quality)
-                put(f"{name}, latents", latents(codec, streams), quality)
+                latents = [codec.read(stream).z_hat.numpy().astype("<f4").tobytes() for stream in streams]
+                put(f"{name}, latents", latents, quality)
                 if weights == "compressor_stage2" and kind == "auto":  # these weights are shipped
                     pixels = [shipped.decompress(stream).tobytes() for stream in streams[:FEW]]
                     record[f"as shipped, quality {quality:g}, caption {kind}, pixels"] = sha(pixels)
@@ -186,15 +160,16 @@ def record_baselines(quick: bool) -> dict:
     images = [scene.image for scene in scenes("test", 128, 4)]
     say("baselines")
     for weights in ("baseline_mse", "baseline_task"):
-        codec = pixel_codec(weights)
+        codec = PixelCodec.from_pretrained(POCKET / weights, "cpu")
         for quality in FEW_QUALITIES:
             files = [codec.compress(image, quality) for image in images]
             record[f"{weights}, quality {quality:g}, files"] = sha(files)
             record[f"{weights}, quality {quality:g}, pixels"] = sha(codec.decompress(data).tobytes() for data in files)
     for name in ("jpeg", "webp", "avif", "jpegxl", "jpeg2000"):
         for quality in (20, 60):
-            both = [classic(image, name, quality) for image in images]
-            record[f"{name}, quality {quality}, files and payloads"] = [sha(f for f, _ in both), *(n for _, n in both)]
+            files = [encode_classic(image, name, quality) for image in images]
+            found = [sha(files), *(payload_bytes(file, name) for file in files)]
+            record[f"{name}, quality {quality}, files and payloads"] = found
     return record
 
 
@@ -214,9 +189,7 @@ def record_training(quick: bool) -> dict:
         if not quick:
             say("training: two processes")
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-            done = subprocess.run([*launch, "--worker", temporary], capture_output=True, text=True, timeout=900)
-            if done.returncode:
-                raise RuntimeError(f"training in two processes failed:\n{done.stderr[-4000:]}")
+            subprocess.run([*launch, "--worker", temporary], check=True, timeout=900)
         record = {}
         for path in sorted(folder.rglob("*.safetensors")):  # a safetensors file is a state dictionary
             if path.name != "checkpoint.safetensors":
@@ -224,13 +197,6 @@ def record_training(quick: bool) -> dict:
                 digest = sha(key.encode() + value.astype("<f4").tobytes() for key, value in weights)
                 record[str(path.relative_to(folder).with_suffix(""))] = digest
         return record
-
-
-def worker(folder: Path) -> None:
-    """What each of two processes does."""
-    train(1, {}, folder / "stage 1, two processes")
-    for task in ("ce", "features"):
-        train(2, {"task": task}, folder / f"stage 2, task {task}, two processes")
 
 
 def record_evaluation(quick: bool) -> dict:
@@ -270,25 +236,22 @@ def about() -> dict:
     """What the results depend on: the commit, the processor, the libraries."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    processor = (names or [platform.machine()])[0]
+    names = (re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []) or [platform.machine()]
     kernels = f"{torch.backends.cpu.get_cpu_capability()}, bf16 {torch.cpu._is_avx512_bf16_supported()}"
     packages = ("torch", "numpy", "pillow", "pillow-jxl-plugin", "diffusers", "transformers", "timm", "accelerate")
     versions = {package: importlib.metadata.version(package) for package in packages}
-    return {"commit": head, "processor": processor, "kernels": kernels, **versions}
+    return {"commit": head, "processor": names[0], "kernels": kernels, **versions}
 
 
 def differences(known: dict, found: dict, whole: bool) -> list[str]:
-    """A line for each key that differs, with the values where these can be read."""
-    lines = [f"{key}: missing" for key in known if whole and key not in found]
-    for key, new in found.items():
-        old = known.get(key)
-        if key not in known:
-            lines.append(f"{key}: not in the record")
-        elif old != new and isinstance(old, dict):
+    """A line for each key that differs, with the values; None stands for what is not there."""
+    lines = []
+    for key in {**known, **found} if whole else found:
+        old, new = known.get(key), found.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
             lines += [f"{key}: {c} {old.get(c)} -> {new.get(c)}" for c in {**old, **new} if old.get(c) != new.get(c)]
         elif old != new:
-            lines.append(f"{key}: {old} -> {new}" if isinstance(old, list) else key)
+            lines.append(f"{key}: {old} -> {new}")
     return lines
 
 
@@ -302,8 +265,10 @@ def main() -> int:
     if a.write and a.quick:
         parser.error("a record is written whole: --quick is for comparing")
     torch.set_num_threads(1)
-    if a.worker:
-        worker(a.worker)
+    if a.worker:  # one of two processes
+        train(1, {}, a.worker / "stage 1, two processes")
+        for task in ("ce", "features"):
+            train(2, {"task": task}, a.worker / f"stage 2, task {task}, two processes")
         return 0
     record, here, status = json.loads(RECORD.read_text()) if RECORD.exists() else {}, about(), 0
     for key, value in here.items():

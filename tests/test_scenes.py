@@ -19,8 +19,9 @@ DIGEST = (
 )
 
 
-def test_the_world_is_as_large_as_promised():
+def test_the_catalogue_is_as_large_as_promised_and_each_noun_ends_in_its_class():
     assert len(CUTOUTS) >= 150 and len(CLASSES) >= 100 and len(BACKGROUNDS) >= 36
+    assert all(c.noun.endswith(CLASSES[c.label]) for c in CUTOUTS)
 
 
 def test_the_same_scene_in_another_process():
@@ -44,8 +45,7 @@ def test_the_same_scene_at_two_sizes_looks_alike():
 
 def test_matte_is_the_object():
     areas = []
-    for i in range(62):
-        scene = PocketScenes("test")[i]
+    for scene in PocketScenes("test", n=62):
         assert scene.matte.dtype == np.float32 and scene.matte.shape == (128, 128)
         assert 0 <= scene.matte.min() and scene.matte.max() <= 1
         areas.append(scene.matte.mean())
@@ -53,8 +53,7 @@ def test_matte_is_the_object():
 
 
 def test_every_class_comes_equally_often():
-    test = PocketScenes("test", 32)
-    labels = [test[i].label for i in range(2 * len(CLASSES))]
+    labels = [scene.label for scene in PocketScenes("test", 32, n=2 * len(CLASSES))]
     assert sorted(labels) == sorted([*range(len(CLASSES))] * 2)
 
 
@@ -67,21 +66,21 @@ def test_test_scenes_stand_on_unseen_photographs():
 
 def test_held_out_cutouts_never_occur_in_training():
     held_out = {c.noun for c in CUTOUTS if c.held_out}
-    assert held_out
-    train = PocketScenes("train", 32)
-    assert not held_out & {train[i].noun for i in range(400)}
-    scenes = [PocketScenes("test", 32)[i] for i in range(400)]
+    assert not held_out & {scene.noun for scene in PocketScenes("train", 32, n=400)}
+    scenes = list(PocketScenes("test", 32, n=400))
     assert all((s.noun in held_out) == (not s.seen) for s in scenes) and any(not s.seen for s in scenes)
 
 
-def test_nouns_end_in_their_class():
-    assert all(c.noun.endswith(CLASSES[c.label]) for c in CUTOUTS)
-
-
-@pytest.mark.parametrize("arguments", [("dev",), ("train", 8), ("train", 4096), ("train", 64.0), ("train", 64, -1)])
-def test_what_does_not_exist_is_an_error(arguments):
+@pytest.mark.parametrize("wrong", [("dev",), ("train", 8), ("train", 4096), ("val", 64, 0, 0), ("val", 64, 0, 1241)])
+def test_what_does_not_exist_is_an_error(wrong):
     with pytest.raises(ValueError, match="expected"):
-        PocketScenes(*arguments)
+        PocketScenes(*wrong)
+
+
+def test_a_fingerprint_changes_with_the_scenes_but_not_with_their_number():
+    worlds = [("val", 64), ("test", 64), ("val", 32), ("val", 64, 1), ("val", 64, 0, 5)]
+    prints = [PocketScenes(*world).fingerprint() for world in worlds]
+    assert len(set(prints)) == 4 and prints[0] == prints[4] and len(PocketScenes("val", 64, 0, 5)) == 5
 
 
 @pytest.mark.parametrize("index", [-1, SPLITS["test"]])

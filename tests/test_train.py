@@ -38,8 +38,8 @@ def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world
 
 
-def slim_train(world: Path, out: Path, words: str = "", cache: str = "cache") -> int:
-    options = f"--cache {world / cache} --scale {world} --out {out} --steps 2 --batch 2 --device cpu --quiet {words}"
+def slim_train(world: Path, out: Path, words: str = "") -> int:
+    options = f"--cache {world / 'cache'} --scale {world} --out {out} --steps 2 --batch 2 --device cpu --quiet {words}"
     return main(["train", *options.split()])
 
 

@@ -161,7 +161,7 @@ def _runs(codec: SlimCodec, scenes: list, steps: Sequence[int], folder: Path, tr
 
     def look() -> None:
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        fill(scenes, folder / "cache", about={}, roi="gradcam", batch=batch, progress=False, **models)
+        fill(scenes, folder / "cache", about={}, batch=batch, progress=False, **models)
 
     yield "preprocessing", batch, batch, look
     stream = codec.compress(image)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -47,8 +48,8 @@ from transformers import HfArgumentParser
 from slimlib import training, utils
 from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
-from slimlib.data.cache import Cache, pocket_cache
-from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS
+from slimlib.data.cache import Cache, fill
+from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, PocketScenes
 from slimlib.ldm import LatentDiffusion, lay_out_for_training
 from slimlib.loop import FitConfig, Losses, fit, training_device
 from slimlib.machines import Machine, load_machine
@@ -161,6 +162,21 @@ class Run:
         made |= {"seconds": round(log.seconds.iloc[-1]), "data": f"{self.options.pool} training scenes at 128 px"}
         utils.write_card(self.folder, f"Pocket {self.name}", self.recipe.about, made, figures, self.recipe.source)
         print(self.name, json.dumps(figures, indent=1))
+
+
+def pocket_cache(folder: Path, split: str, n: int, ldm: LatentDiffusion | None = None, progress: bool = True) -> Cache:
+    """The first n scenes of a split with their pictures, and with latents where an `ldm` makes them.
+
+    What is not in `folder` yet is made: about 5 ms a scene and core to compose, and what the VAE takes.
+    """
+    scenes = PocketScenes(split, n=n)
+    about = {"data": scenes.fingerprint()} | ({"vae": utils.digest(ldm.vae).hex()[:8]} if ldm else {})
+    out, workers = (
+        folder / "-".join([split, str(scenes.size), str(n), *about.values()]),
+        min(os.cpu_count() or 1, n // 64),
+    )
+    fill(scenes, out, about=about, ldm=ldm, keep_images=True, workers=workers, progress=progress)
+    return Cache.open(out)
 
 
 def half(module: nn.Module) -> Any:

@@ -14,9 +14,7 @@ Examples:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,12 +26,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from slimlib.caption import Captioner
 from slimlib.data.imagenet import ImageNetScenes, Pictures
-from slimlib.data.scenes import FOLDER, SPLITS, PocketScenes, Scene
+from slimlib.data.scenes import PocketScenes, Scene
 from slimlib.images import to_tensor
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
@@ -66,17 +64,15 @@ class Cache:
         """Open what `fill` has finished.
 
         Raises:
-            FileNotFoundError: there is no cache, or blocks are missing; says how many.
-            ValueError: a block is damaged; says which.
+            FileNotFoundError: there is no cache, or it is not finished; says how many blocks are missing.
         """
         folder = Path(folder)
         if not (folder / "about.json").exists():
             raise FileNotFoundError(f"{folder} holds no cache; make one with `slim preprocess`")
         about, whole = json.loads((folder / "about.json").read_text()), folder / "whole"
-        if missing := len(_missing(folder, about)):
-            raise FileNotFoundError(f"{folder}: {missing} blocks are missing; the command that began it will go on")
         if not whole.is_dir():
-            _join(folder, about)
+            missing = len(_missing(folder, about))
+            raise FileNotFoundError(f"{folder}: {missing} blocks are missing; the command that began it will go on")
         words = json.loads((whole / "words.json").read_text())
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in whole.glob("*.npy")}
         return cls(**{"latents": None, "images": None, **arrays, **words, "about": about})
@@ -88,7 +84,6 @@ def fill(
     *,
     about: dict[str, Any],
     ldm: LatentDiffusion | None = None,
-    roi: str = "matte",
     machine: Machine | None = None,
     captioner: Captioner | None = None,
     clipseg: ClipSeg | None = None,
@@ -100,47 +95,45 @@ def fill(
     workers: int = 0,
     progress: bool = True,
 ) -> int:
-    """Make those blocks of a cache that are this process's and are not there yet.
+    """Make those blocks of a cache that are this process's and are not there yet; returns how many are missing then.
+
+    The region of interest is what `clipseg` finds for the noun; without it Grad-CAM of `machine` for the true class;
+    without both the scene's own matte.
 
     Args:
         scenes: any sequence of them, square and of one size.
-        out: the cache's folder.
         about: which data, protocol and models these are, for the reader and for the check below.
         ldm: makes the latents; None: there will be none, and masks have the pocket VAE's cells of 4 pixels.
-        roi: "matte", the scene's own; "gradcam", of `machine` for the true class; "clipseg", of `clipseg` for the noun.
         captioner: reads the crop that the encoder would cut: it knows no label, so that Grad-CAM of `machine` is for
             the machine's own first guess. None: the scene's noun is the caption.
-        keep_images: keep the pictures, too.
         block, batch: scenes that are finished, and that go through the networks, together.
         rank, world: block b belongs to process b % world.
         workers: processes that compose or open the scenes; 0: this one does.
 
-    Returns:
-        How many blocks are still missing, which other processes have to make.
-
     Raises:
-        ValueError: the cache in `out` was begun with other data, models or settings; names them.
+        ValueError: the cache in `out` was begun with other data, models or settings, or a block is damaged; says which.
     """
     out, factor = Path(out), ldm.factor if ldm else 4
-    made = {"roi": roi, "factor": factor, "latents": ldm is not None, "images": keep_images, "block": block}
-    about = _begin(out, {"pictures": len(scenes), **about, **made})
+    made: dict[str, Any] = {"roi": "clipseg" if clipseg else "gradcam" if machine else "matte", "factor": factor}
+    made |= {"latents": ldm is not None, "images": keep_images, "block": block}
+    about = {"pictures": len(scenes), **about, **made}
+    _begin(out, about)
+    apart = torch.Generator()  # for a DataLoader draws a seed even where nothing is shuffled
 
     @torch.no_grad()
     def look(some: list[Scene]) -> dict[str, np.ndarray]:
         x, labels = to_tensor([scene.image for scene in some]), torch.tensor([scene.label for scene in some])
-        grid, where = (x.shape[2] // factor, x.shape[3] // factor), machine.mean.device if machine else "cpu"
-        captions = [scene.noun for scene in some]
-        if roi == "matte":
-            masks = torch.from_numpy(np.stack([scene.mask(*grid) for scene in some]))
-        elif roi == "gradcam" and machine:
-            masks = latent_mask(gradcam(machine, x.to(where), labels.to(where)), *grid)[:, 0]
-        elif roi == "clipseg" and clipseg:
+        captions, grid = [scene.noun for scene in some], (x.shape[2] // factor, x.shape[3] // factor)
+        seen_by_machine = x.to(machine.mean.device) if machine else x
+        if clipseg:
             texts = [f"a photo of a {noun.removeprefix('an ').removeprefix('a ')}" for noun in captions]
             masks = latent_mask(clipseg(x, texts), *grid)[:, 0]
+        elif machine:
+            masks = latent_mask(gradcam(machine, seen_by_machine, labels), *grid)[:, 0]
         else:
-            raise ValueError(f"region of interest {roi!r}: expected matte, or gradcam or clipseg with their model")
+            masks = torch.from_numpy(np.stack([scene.mask(*grid) for scene in some]))
         if captioner:
-            maps = gradcam(machine, x.to(where))  # type: ignore[arg-type]
+            maps = gradcam(machine, seen_by_machine)  # type: ignore[arg-type]
             captions = captioner.caption([roi_crop(one.image, cam) for one, cam in zip(some, maps, strict=True)])
         found = {"masks": (masks * 255).round().byte().cpu().numpy(), "labels": labels.numpy()}
         found |= {"captions": np.array(captions, object), "places": np.array([scene.place for scene in some], object)}
@@ -152,8 +145,8 @@ def fill(
 
     todo = [(number, path) for number, path in _missing(out, about).items() if number % world == rank]
     for number, path in tqdm(todo, unit="block", disable=not progress):
-        own = Subset(scenes, range(number * block, min((number + 1) * block, len(scenes))))  # type: ignore[arg-type]
-        loader = DataLoader(own, batch, collate_fn=list, num_workers=workers, generator=torch.Generator())
+        own = range(number * block, min((number + 1) * block, len(scenes)))
+        loader = DataLoader(scenes, batch, sampler=own, collate_fn=list, num_workers=workers, generator=apart)
         parts = [look(some) for some in loader]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         words = {name: found.pop(name).tolist() for name in ("captions", "places")}
@@ -165,9 +158,9 @@ def fill(
     return missing
 
 
-def _begin(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+def _begin(out: Path, about: dict[str, Any]) -> None:
     """Say what the cache is of, or check that it is of this. Several processes may come at once."""
-    path, about = out / "about.json", json.loads(json.dumps(about))
+    path = out / "about.json"
     if not path.exists():
         write_file(path, (json.dumps(about, indent=1) + "\n").encode())
     there = json.loads(path.read_text())
@@ -175,7 +168,6 @@ def _begin(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     if keys:
         differing = "; ".join(f"{key}: {there.get(key)} there, {about.get(key)} asked for" for key in keys)
         raise ValueError(f"{out} was begun with other settings ({differing}). Use another folder.")
-    return about
 
 
 def _missing(folder: Path, about: dict[str, Any]) -> dict[int, Path]:
@@ -200,37 +192,13 @@ def _join(folder: Path, about: dict[str, Any]) -> None:
             for name, array in found.items():
                 with (fresh / f"{name}.npy").open("ab") as file:
                     if not file.tell():
-                        shape = (about["pictures"], *array.shape[1:])
-                        layout = {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
+                        layout = np.lib.format.header_data_from_array_1_0(array)
+                        layout["shape"] = (about["pictures"], *array.shape[1:])
                         np.lib.format.write_array_header_1_0(file, layout)
                     file.write(array.tobytes())
         (fresh / "words.json").write_text(json.dumps(words))
         with suppress(OSError):  # another process was first
             fresh.rename(folder / "whole")
-
-
-def pocket_cache(
-    folder: str | Path, split: str, n: int, size: int = 128, ldm: LatentDiffusion | None = None, progress: bool = True
-) -> Cache:
-    """Scenes 0..n-1 of `PocketScenes` with their pictures, and with latents where an `ldm` makes them.
-
-    What is not in `folder` yet is made: about 5 ms a scene and core to compose, and what the VAE takes.
-    """
-    scenes, data = _pocket(split, size, n)
-    about = {"data": data} | ({"vae": digest(ldm.vae).hex()[:8]} if ldm else {})
-    out = Path(folder) / "-".join([split, str(size), str(n), *about.values()])
-    workers = min(os.cpu_count() or 1, n // 64)
-    fill(scenes, out, about=about, ldm=ldm, keep_images=True, workers=workers, progress=progress)
-    return Cache.open(out)
-
-
-def _pocket(split: str, size: int, n: int, seed: int = 0) -> tuple[Sequence[Scene], str]:
-    """The first n scenes of a split, and eight hex digits that change with what they are composed of."""
-    scenes = PocketScenes(split, size, seed)
-    if not 0 < n <= len(scenes):
-        raise ValueError(f"{n} scenes of PocketScenes: expected 1 to {len(scenes)} of {split}")
-    known = f"{split} {size} {seed}".encode() + (FOLDER / "SHA256SUMS").read_bytes() + scenes[0].image.tobytes()
-    return Subset(scenes, range(n)), hashlib.sha256(known).hexdigest()[:8]  # type: ignore[arg-type, return-value]
 
 
 @dataclass
@@ -262,26 +230,25 @@ def command(options: Options) -> int:
     names = {name: getattr(options, name) for name in ("ldm", "variant", "size") if getattr(options, name)}
     scale, device = replace(Scale.from_name(options.scale), **names), pick_device(options.device)
     about: dict[str, Any] = {"size": scale.size, "models": [scale.ldm]}
-    more: dict[str, Any] = {"roi": "matte"}
+    models: dict[str, Any] = {"ldm": LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)}
+    about["vae"] = digest(models["ldm"].vae).hex()[:8]
+    scenes: PocketScenes | ImageNetScenes
     if options.data == "pocket":
         split = "val" if options.split == "validation" else options.split
-        n = SPLITS[split] if options.n is None else options.n
-        scenes, about["data"] = _pocket(split, scale.size, n, options.seed)
+        scenes = PocketScenes(split, scale.size, options.seed, options.n)
+        about["data"] = scenes.fingerprint()
     else:
         pictures = Pictures.open(options.data, options.split, options.out / "pictures", options.n, options.seed)
         scenes = ImageNetScenes(pictures, options.protocol, scale.size)
         about |= {"data": pictures.fingerprint(), "protocol": options.protocol}
         about["models"] += [scale.machine_a, scale.captioner]
-        more = {"roi": options.roi, "machine": load_machine(scale.machine_a, device)}
-        more["captioner"] = Captioner.from_pretrained(scale.captioner, device=device)
+        models["machine"] = load_machine(scale.machine_a, device)
+        models["captioner"] = Captioner.from_pretrained(scale.captioner, device=device)
         if options.roi == "clipseg":
             about["models"].append(options.clipseg)
-            more["clipseg"] = ClipSeg(options.clipseg, device)
-    ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)
-    about["vae"] = digest(ldm.vae).hex()[:8]
-    rank, world = rank_and_world()
-    more |= {"rank": rank, "world": world, "workers": options.workers, "progress": not options.quiet}
-    more["keep_images"] = options.keep_images
-    missing = fill(scenes, options.out, about=about, ldm=ldm, batch=options.batch, **more)
+            models["clipseg"] = ClipSeg(options.clipseg, device)
+    more = {"keep_images": options.keep_images, "workers": options.workers, "progress": not options.quiet}
+    more["rank"], more["world"] = rank_and_world()
+    missing = fill(scenes, options.out, about=about, batch=options.batch, **models, **more)  # type: ignore[arg-type]
     print(f"{options.out}: {len(scenes)} pictures, " + (f"{missing} blocks are missing" if missing else "all done"))
     return 0

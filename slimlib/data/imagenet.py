@@ -6,23 +6,20 @@ order of ILSVRC's own development kit is another one; labels from there are neve
 
 from __future__ import annotations
 
-import functools
 import glob
 import hashlib
 import io
 import json
-import math
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from timm.data import ImageNetInfo
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import Tensor, nn
-from torchvision.transforms.v2 import CenterCrop, InterpolationMode, Resize
 
 from slimlib.data.scenes import CLASSES, PocketScenes, Scene
 from slimlib.images import as_rgb, to_tensor
@@ -31,32 +28,18 @@ from slimlib.roi import gradcam
 from slimlib.scales import Scale, hub_error, split_revision
 from slimlib.utils import write_file
 
-PROTOCOLS = ("crop", "squash")
+WNIDS = ImageNetInfo("imagenet-1k").label_names()
+"""WordNet ids of the 1,000 classes in label order: sorted."""
+CLASS_NAMES = [text.split(",")[0] for text in ImageNetInfo("imagenet-1k").label_descriptions()]
+"""English names in label order, the first of the synonyms; two of them occur twice ("crane", "maillot")."""
+LABEL_OF = {wnid: label for label, wnid in enumerate(WNIDS)}
+PROTOCOLS: dict[str, Callable[..., Image.Image]] = {"crop": ImageOps.fit, "squash": Image.Image.resize}
 """How the literature makes squares: the centre of the picture, or all of it whatever its shape. Results name theirs."""
 LARGEST = 1 << 27
 """Pixels of the largest picture that is read before it is made small; ImageNet holds some of 20 million."""
 TOTAL = {"validation": 50_000, "train": 1_281_167}
 """Pictures of ImageNet-1k's splits, for data sets that do not say how many they hold."""
-KEPT = Path("runs/imagenet/pictures")
-"""Where pictures that were streamed from the hub are kept."""
 ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
-
-
-@functools.cache
-def wnids() -> tuple[str, ...]:
-    """WordNet ids of the 1,000 classes in label order: sorted."""
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
-
-
-@functools.cache
-def class_names() -> tuple[str, ...]:
-    """English names in label order, the first of the synonyms; two of them occur twice ("crane", "maillot")."""
-    return tuple(text.split(",")[0] for text in ImageNetInfo("imagenet-1k").label_descriptions())
-
-
-@functools.cache
-def _label_of() -> dict[str, int]:
-    return {wnid: label for label, wnid in enumerate(wnids())}
 
 
 class Sample(NamedTuple):
@@ -73,7 +56,7 @@ class Pictures(Sequence):
     """Pictures with labels in timm's class order, opened when asked for; their order depends on the data alone."""
 
     def __init__(self, samples: Sequence[Sample], origin: str | None = None) -> None:
-        """Args: where the pictures lie; `origin` says how they were drawn, and from how many (None: all, in order)."""
+        """`origin` says how the samples were drawn, and from how many (None: they are all, in order)."""
         if not samples:
             raise ValueError(f"there are no pictures: expected files that end in {', '.join(ENDINGS)}")
         self.samples, self.origin = list(samples), origin or f"{len(samples)} in order"
@@ -82,11 +65,7 @@ class Pictures(Sequence):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:  # type: ignore[override]
-        """Picture `index` as upright RGB, and its label.
-
-        Raises:
-            ValueError: the file is damaged; says which.
-        """
+        """Picture `index` as upright RGB, and its label; ValueError says which file is damaged."""
         key, label, path, offset, size = self.samples[index]
         with path.open("rb") as file:
             file.seek(offset)
@@ -109,7 +88,7 @@ class Pictures(Sequence):
             ValueError: it is laid out otherwise; says how.
         """
         groups = [path for path in _visible(folder) if path.is_dir()]
-        strangers = [path.name for path in groups if path.name not in _label_of()]
+        strangers = [path.name for path in groups if path.name not in LABEL_OF]
         if strangers or not groups:
             raise ValueError(
                 f"{folder} is not laid out like ImageNet: expected folders named like n01440764, found "
@@ -118,7 +97,7 @@ class Pictures(Sequence):
                 "example describes: the development kit's ground truth counts classes in another order"
             )
         pictures = [path for group in groups for path in _visible(group) if path.suffix.lower() in ENDINGS]
-        return cls([Sample(f"{p.parent.name}/{p.name}", _label_of()[p.parent.name], p) for p in pictures])
+        return cls([Sample(f"{p.parent.name}/{p.name}", LABEL_OF[p.parent.name], p) for p in pictures])
 
     @classmethod
     def from_shards(cls, pattern: str | Path) -> Pictures:
@@ -155,18 +134,14 @@ class Pictures(Sequence):
 
     @classmethod
     def from_hub(cls, name: str, split: str, folder: str | Path, n: int | None = None, seed: int = 0) -> Pictures:
-        """A subset of a Hugging Face data set, streamed: the n pictures of `subset` are kept in `folder`, no others.
+        """A Hugging Face data set, streamed once, up to the last of the n pictures of `subset`, or of all.
 
-        Streaming passes over the data once, up to the last picture that is wanted; what was kept is not fetched again.
+        They are kept, undecoded, in a folder of `folder` for this data set and split, and not fetched again.
 
         Args:
             name: "ILSVRC/imagenet-1k", "timm/imagenet-1k-wds@revision", or a local folder that `datasets` can read.
-            split: "validation" or "train".
-            folder: gets a folder for this data set and split, with the pictures as they were stored, undecoded.
-            n: how many; None for all.
 
         Raises:
-            ImportError: the package `datasets` is missing.
             OSError: the hub does not give it; says why and what to do.
             ValueError: its classes are not ImageNet's, or it is laid out otherwise.
         """
@@ -177,40 +152,39 @@ class Pictures(Sequence):
         head, revision = split_revision(name)
         try:
             rows = datasets.load_dataset(head, split=split, streaming=True, revision=revision).decode(False)
-            columns = list(next(iter(rows.take(1))))
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
             raise hub_error(name, error) from error
-        picture = next((word for word in ("image", "jpg", "jpeg", "png", "webp") if word in columns), "")
-        label = next((word for word in ("label", "cls") if word in columns), "")
+        columns = rows.features or {}
+        picture = next((word for word in ("image", "jpg", "jpeg", "png", "webp") if word in columns), None)
+        label = next((word for word in ("label", "cls") if word in columns), None)
         if not picture or not label:
             raise ValueError(f"{name} has the columns {', '.join(columns)}; expected image and label, or jpg and cls")
-        order = _label_order(getattr((rows.features or {}).get(label), "names", None), name)
+        order = _label_order(getattr(columns[label], "names", None), name)
         total = getattr((rows.info.splits or {}).get(split), "num_examples", None) or TOTAL[split]
         wanted = subset(total, n, seed)
         folder = Path(folder) / re.sub(r"\W+", "-", f"{name} {split}").strip("-").lower()
         kept = {int(path.stem[:8]): path for path in folder.glob("*.img")}
-        missing = sorted(set(wanted) - set(kept), reverse=True)
-        if missing:
-            for index, row in enumerate(rows.skip(missing[-1]), missing[-1]):
-                if index == missing[-1]:
-                    of_class = _checked(str(row.get("__key__")), order.get(int(row[label])), f"{name}, picture {index}")
-                    kept[index] = folder / f"{index:08d}-{of_class}.img"
-                    write_file(kept[index], row[picture]["bytes"] or Path(row[picture]["path"]).read_bytes())
-                    missing.pop()
-                if not missing:
-                    break
-            else:
+        missing = sorted(set(wanted) - set(kept))
+        stream = enumerate(rows.skip(missing[0]), missing[0]) if missing else iter(())
+        for index in missing:
+            row = next((row for at, row in stream if at == index), None)
+            if row is None:
                 raise ValueError(f"{name} has fewer pictures than the {total} that were expected")
+            of_class = _checked(str(row.get("__key__")), order.get(int(row[label])), f"{name}, picture {index}")
+            kept[index] = folder / f"{index:08d}-{of_class}.img"
+            write_file(kept[index], row[picture]["bytes"] or Path(row[picture]["path"]).read_bytes())
         samples = [Sample(kept[i].stem, int(kept[i].stem[9:]), kept[i]) for i in wanted]
         return cls(samples, f"{total} drawn by {seed}" if n else None)
 
     @classmethod
     def open(cls, data: str, split: str, folder: str | Path, n: int | None = None, seed: int = 0) -> Pictures:
-        """Any of the three by one word; the other arguments are those of `from_hub`.
+        """Any of the three by one word, all pictures or the n of `subset`.
 
         Args:
             data: a split's folder of class folders, or the folder with train/ and val/ in it; a pattern of shards
                 (ends in .tar), where "{split}" stands for the split; or "hub:owner/name".
+            split: "validation" or "train".
+            folder: where pictures of the hub are kept.
         """
         if data.startswith("hub:"):
             return cls.from_hub(data.removeprefix("hub:"), split, folder, n, seed)
@@ -237,12 +211,12 @@ def _visible(folder: str | Path) -> list[Path]:
 
 def _checked(key: str, label: int | None, where: str | Path) -> int:
     """A label that exists, and that the WordNet id in the key, where there is one, does not contradict."""
-    if label is None or not 0 <= label < len(wnids()):
-        raise ValueError(f"{where}: {key} has no label from 0 to {len(wnids()) - 1}")
-    said = [wnid for wnid in re.findall(r"n\d{8}", key) if wnid in _label_of()]
-    if said and _label_of()[said[-1]] != label:
+    if label is None or not 0 <= label < len(WNIDS):
+        raise ValueError(f"{where}: {key} has no label from 0 to {len(WNIDS) - 1}")
+    said = [wnid for wnid in re.findall(r"n\d{8}", key) if wnid in LABEL_OF]
+    if said and LABEL_OF[said[-1]] != label:
         raise ValueError(
-            f"{where}: {key} is labelled {label}, but {said[-1]} is class {_label_of()[said[-1]]} in timm's order; "
+            f"{where}: {key} is labelled {label}, but {said[-1]} is class {LABEL_OF[said[-1]]} in timm's order; "
             "these data count classes otherwise (as the development kit does?) and every accuracy would be wrong"
         )
     return label
@@ -250,22 +224,20 @@ def _checked(key: str, label: int | None, where: str | Path) -> int:
 
 def _label_order(names: Sequence[str] | None, data: str) -> dict[int, int]:
     """timm's label for each of a data set's: by WordNet ids, by words, or as they are where it gives no names."""
-    if names and all(name in _label_of() for name in names):
-        return {label: _label_of()[name] for label, name in enumerate(names)}
-    same = sum(a.split(",")[0].lower() == b.lower() for a, b in zip(names or (), class_names(), strict=False))
-    if names and (len(names) != len(wnids()) or same < 900):  # a few names were put right over the years
+    names = names or WNIDS
+    if all(name in LABEL_OF for name in names):
+        return {label: LABEL_OF[name] for label, name in enumerate(names)}
+    same = sum(a.split(",")[0].lower() == b.lower() for a, b in zip(names, CLASS_NAMES, strict=False))
+    if len(names) != len(WNIDS) or same < 900:  # a few names were put right over the years
         raise ValueError(f"{data}: {len(names)} classes, {names[0]!r} first, are not ImageNet's 1,000 in their order")
-    return {label: label for label in range(len(wnids()))}
+    return {label: label for label in range(len(WNIDS))}
 
 
 def prepare(image: Image.Image, protocol: str, size: int) -> Image.Image:
     """What is compressed: a square of `size` pixels by one of `PROTOCOLS`."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-    edge = min(image.size)
-    left, top = (image.width - edge) / 2, (image.height - edge) / 2
-    box = (left, top, left + edge, top + edge) if protocol == "crop" else None
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return PROTOCOLS[protocol](image, (size, size), Image.Resampling.BICUBIC)
 
 
 class AsPublished(nn.Module):
@@ -276,11 +248,8 @@ class AsPublished(nn.Module):
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
-        config = machine.net.pretrained_cfg
-        whole = math.floor(machine.size / config["crop_pct"])
-        mode = InterpolationMode.BICUBIC if config.get("interpolation") == "bicubic" else InterpolationMode.BILINEAR
-        self.resize = Resize((whole, whole), mode)
-        self.crop = CenterCrop(machine.size)
+        transform = create_transform(**resolve_data_config(machine.net.pretrained_cfg))
+        self.resize, self.crop = transform.transforms[:2]  # the rest is the machine's own
         self.machine, self.mean, self.classes = machine, machine.mean, machine.classes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -309,7 +278,7 @@ class ImageNetScenes(Sequence):
         if self.machine:
             x = to_tensor(image).to(self.machine.mean.device)
             matte = gradcam(self.machine, x, label)[0, 0].cpu().numpy()
-        return Scene(image, matte, label, class_names()[label], "", False)
+        return Scene(image, matte, label, CLASS_NAMES[label], "", False)
 
 
 def open_scenes(
@@ -324,20 +293,20 @@ def open_scenes(
     """Scenes of a split, at least n of them: of `PocketScenes`, or of ImageNet where `data` names it.
 
     Args:
-        scale: says their size, and machine A, which shows where to look.
+        scale: says their size, and machine A, which shows where to look; `machine`, where it is loaded already.
         split: "train" or "test", which is ImageNet's validation set.
         n, seed: of ImageNet's pictures, for `subset`.
         data: as for `Pictures.open`; "" or "pocket" for PocketScenes.
-        machine: machine A, where it is loaded already.
 
     Raises:
         ValueError: no data, and the scale's machines know other classes than PocketScenes shows.
     """
     if data not in ("", "pocket"):
-        pictures = Pictures.open(data, "train" if split == "train" else "validation", KEPT, n, seed)
+        part = "train" if split == "train" else "validation"
+        pictures = Pictures.open(data, part, "runs/imagenet/pictures", n, seed)
         return ImageNetScenes(pictures, protocol, scale.size, machine or load_machine(scale.machine_a))
     config = Path(scale.machine_a) / "config.json"
-    if not config.exists() or json.loads(config.read_text()).get("label_names") != list(CLASSES):
+    if not config.exists() or json.loads(config.read_text()).get("label_names") != CLASSES:
         raise ValueError(
             f"the machines of scale {scale.name!r} know other classes than those of PocketScenes: name ImageNet in "
             "`data`: its folder (with train/ and val/), shards ('...-{split}-*.tar'), or 'hub:owner/name'"

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
@@ -19,11 +21,9 @@ from slimlib.scales import ASSETS
 FOLDER = ASSETS / "scenes"
 SPLITS = {"train": 1_000_000, "val": 1_240, "test": 2_480}
 """Number of scenes in each split."""
-MIN_SIZE, MAX_SIZE = 32, 512
 
 
-@dataclass(frozen=True)
-class Cutout:
+class Cutout(NamedTuple):
     """One row of the catalogue: a photographed object with its matte."""
 
     file: str
@@ -33,8 +33,7 @@ class Cutout:
     held_out: bool
 
 
-@dataclass(frozen=True)
-class Background:
+class Background(NamedTuple):
     """One row of the catalogue: a photograph and the words for the place it shows."""
 
     file: str
@@ -64,17 +63,16 @@ class Scene:
         return self.matte.reshape(rows, height // rows, columns, width // columns).mean((1, 3))
 
 
-def _read_catalogue() -> tuple[list[str], list[Cutout], list[Background]]:
-    with (FOLDER / "catalogue.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    front, back = ([row for row in rows if row["kind"] == kind] for kind in ("cutout", "background"))
-    classes = sorted({row["class"] for row in front})
-    cutouts = [Cutout(r["file"], classes.index(r["class"]), r["noun"], r["group"], r["held_out"] == "1") for r in front]
-    return classes, cutouts, [Background(row["file"], row["place"], row["split"]) for row in back]
-
-
-CLASSES, CUTOUTS, BACKGROUNDS = _read_catalogue()
-"""Class names in label order; all cut-outs; all backgrounds."""
+with (FOLDER / "catalogue.csv").open(newline="") as _file:
+    _ROWS = list(csv.DictReader(_file))
+CLASSES = sorted({row["class"] for row in _ROWS if row["kind"] == "cutout"})
+"""Names of the classes in label order."""
+CUTOUTS = [
+    Cutout(row["file"], CLASSES.index(row["class"]), row["noun"], row["group"], row["held_out"] == "1")
+    for row in _ROWS
+    if row["kind"] == "cutout"
+]
+BACKGROUNDS = [Background(row["file"], row["place"], row["split"]) for row in _ROWS if row["kind"] == "background"]
 
 
 class PocketScenes:
@@ -84,25 +82,31 @@ class PocketScenes:
         split: "train", "val" (training's cut-outs, other photographs) or "test" (all cut-outs, yet other photographs).
         size: side of the pictures in pixels, 32 to 512.
         seed: another seed is another data set of the same kind.
+        n: how many scenes, the first ones; None for all of the split.
 
     Raises:
-        ValueError: no such split, size or seed.
+        ValueError: no such split, size or number.
     """
 
-    def __init__(self, split: str, size: int = 128, seed: int = 0) -> None:
+    def __init__(self, split: str, size: int = 128, seed: int = 0, n: int | None = None) -> None:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} does not exist: expected one of {', '.join(SPLITS)}")
-        if not isinstance(size, int) or not MIN_SIZE <= size <= MAX_SIZE:
-            raise ValueError(f"size {size!r} is not possible: expected a whole number from {MIN_SIZE} to {MAX_SIZE}")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed {seed!r} is not possible: expected a whole number, 0 or more")
-        self.split, self.size, self.seed = split, size, seed
+        if size not in range(32, 513):
+            raise ValueError(f"size {size!r} is not possible: expected a whole number from 32 to 512")
+        self.split, self.size, self.seed, self.n = split, size, seed, SPLITS[split] if n is None else n
+        if not 0 < self.n <= SPLITS[split]:
+            raise ValueError(f"{n} scenes of PocketScenes: expected 1 to {SPLITS[split]} of {split}")
         allowed = [c for c in CUTOUTS if split == "test" or not c.held_out]
         self._by_label = [[c for c in allowed if c.label == label] for label in range(len(CLASSES))]
         self._backgrounds = [b for b in BACKGROUNDS if b.split == split]
 
     def __len__(self) -> int:
-        return SPLITS[self.split]
+        return self.n
+
+    def fingerprint(self) -> str:
+        """Eight hex digits that change with what the scenes are composed of."""
+        made_of = f"{self.split} {self.size} {self.seed}".encode() + (FOLDER / "SHA256SUMS").read_bytes()
+        return hashlib.sha256(made_of + self[0].image.tobytes()).hexdigest()[:8]
 
     def __getitem__(self, index: int) -> Scene:
         if not 0 <= index < len(self):
@@ -172,8 +176,5 @@ def compose(
 @functools.cache
 def _open(file: str) -> Image.Image:
     """A picture of the catalogue: cut-outs with premultiplied alpha ("RGBa"), backgrounds as RGB."""
-    path = FOLDER / file
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; rebuild it with: python assets/scenes/build.py")
-    image = Image.open(path)
+    image = Image.open(FOLDER / file)
     return image.convert("RGBA").convert("RGBa") if file.startswith("cutouts") else image.convert("RGB")

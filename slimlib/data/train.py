@@ -48,19 +48,17 @@ class Job:
     resume: bool = option(False, "go on from the checkpoint")
     max_seconds: float | None = option(None, "stop after this time with a checkpoint")
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
-    threads: int | None = option(None, "CPU threads (default: PyTorch's choice)")
     quiet: bool = option(False, "no progress bar")
 
 
 def _settings() -> list[tuple]:
     """Each setting of the stages as an option that is None where it is not given; its help tells the defaults."""
-    kinds, first, settings = get_type_hints(Stage2Config), {f.name: f.default for f in fields(Stage1Config)}, []
+    kinds, settings = get_type_hints(Stage2Config), []
     for f in fields(Stage2Config):
-        defaults = f"stage 1: {first[f.name]}, stage 2: {f.default}" if f.name in first else f"stage 2: {f.default}"
-        if first.get(f.name) == f.default:
-            defaults = f"default: {f.default}"
+        first = getattr(Stage1Config, f.name, "none")
+        default = f"default: {first}" if first == f.default else f"stage 1: {first}, stage 2: {f.default}"
         switch = {"nargs": "?", "const": True} if kinds[f.name] is bool else {}
-        metadata = {"help": f"{f.metadata['help']} ({defaults})", **switch}
+        metadata = {"help": f"{f.metadata['help']} ({default})", **switch}
         settings.append((f.name, kinds[f.name] | None, field(default=None, metadata=metadata)))
     return settings
 
@@ -73,12 +71,8 @@ def command(options: Job) -> int:
     work, begin = options.out.with_name(f"{options.out.name}.training"), time.monotonic()
     if (work / "checkpoint.pt").exists() and not options.resume:
         raise ValueError(f"{work} holds a checkpoint: go on from it with --resume, or name another folder in --out")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     quiet_libraries()
-    config, cache, device = configure(options), Cache.open(options.cache), training_device(options.device)
-    if cache.latents is None:
-        raise ValueError(f"{options.cache} holds no latents; fill another cache with them")
+    config, cache, device = _configure(options), Cache.open(options.cache), training_device(options.device)
     model = _train(options, config, cache, work, device)
     if rank_and_world()[0]:
         return 0
@@ -92,42 +86,37 @@ def command(options: Job) -> int:
             shutil.copytree(work / "unet_lora", folder / "unet_lora")
         prior = CaptionPrior.load(options.start / CAPTION_PRIOR) if options.start else CaptionPrior.fit(cache.captions)
         prior.save(folder / CAPTION_PRIOR)
-        facts = {
-            "command": f"slim {shlex.join(sys.argv[1:])}",
-            "start": str(options.start or "random weights"),
-            **asdict(config),
-            "processes": rank_and_world()[1],
-            "device": describe_device(device),
-            "seconds": round(time.monotonic() - begin),
-            "data": json.dumps(cache.about),
-        }
+        facts: dict[str, Any] = {"command": f"slim {shlex.join(sys.argv[1:])}"}
+        facts |= {"start": str(options.start or "random weights"), **asdict(config)}
+        facts |= {"processes": rank_and_world()[1], "device": describe_device(device)}
+        facts |= {"seconds": round(time.monotonic() - begin), "data": json.dumps(cache.about)}
         about = "Mean-scale hyperprior on the latent, one model for all rates; not measured here."
         source = f"Latents of the diffusion model of the scale {options.scale}."
         write_card(folder, f"Compressor, stage {options.stage}", about, facts, {}, source)
     return 0
 
 
-def configure(options: Job) -> Stage1Config:
+def _configure(options: Job) -> Stage1Config:
     """The stage's defaults; over them what the start of stage 2 was trained with; over that what was asked for.
 
     Raises:
         ValueError: a setting of stage 2 was asked for in stage 1.
     """
     kind, values = (Stage2Config if options.stage == 2 else Stage1Config), {}
-    if options.stage == 2 and options.start and (options.start / "card.json").exists():
-        training = json.loads((options.start / "card.json").read_text())["training"]
+    if options.stage == 2 and options.start and (card := options.start / "card.json").exists():
+        training = json.loads(card.read_text())["training"]
         values = {name: training[name] for name in ("w_bg", "lambda_min", "lambda_max") if name in training}
-    given = {f.name: getattr(options, f.name, None) for f in fields(Stage2Config)}
+    given = {f.name: getattr(options, f.name) for f in fields(Stage2Config)}
     values |= {name: value for name, value in given.items() if value is not None}
-    foreign = values.keys() - {f.name for f in fields(kind)}
-    if foreign:
+    if foreign := values.keys() - {f.name for f in fields(kind)}:
         raise ValueError(f"stage 1 has no {', '.join(f'--{name}' for name in sorted(foreign))}")
     return kind(**values)
 
 
 def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device: torch.device) -> LatentCompressor:
     limits: dict[str, Any] = {"progress": not options.quiet, "max_seconds": options.max_seconds, "device": device}
-    assert cache.latents is not None
+    if cache.latents is None:
+        raise ValueError(f"{options.cache} holds no latents; fill another cache with them")
     shape = {"latent_channels": cache.latents.shape[1], "factor": cache.about["factor"]}
     model = LatentCompressor.from_pretrained(options.start, device) if options.start else None
     if model and (model.config.latent_channels, model.config.factor) != tuple(shape.values()):
