@@ -72,7 +72,12 @@ def fill_from(models: Path, out: Path, pause: float = 0.0, **more: Any) -> int:
         "batch": 3,
         "progress": False,
     }
-    return fill(Scenes(pause), out, **settings | more)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the other processes: several threads round otherwise
+    try:
+        return fill(Scenes(pause), out, **settings | more)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
