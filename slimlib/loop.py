@@ -69,7 +69,7 @@ def fit(
     and optimiser, and each batch is drawn from (seed, step, number of the batch) alone.
 
     Args:
-        modules: what is trained (parameters that ask for a gradient) and stored; they lie on `training_device`.
+        modules: what is trained (parameters that ask for a gradient) and stored; they lie on `pick_device(device)`.
         loss_of: draws a batch from PyTorch's generator, runs the networks on it (the modules, wrapped where several
             processes share the work), and returns the loss and its parts.
         folder: gets checkpoint.pt, log.csv, and curve.csv if there is a probe.
@@ -78,7 +78,7 @@ def fit(
         probe: measures the modules for the learning curve, every `probe_every` steps.
         resume: go on from the checkpoint in `folder` if there is one.
         max_seconds: stop (with a checkpoint) after this time; call again to go on.
-        device: the best one at hand if None; of several processes each takes its own.
+        device: as for `pick_device`.
 
     Returns:
         The modules in evaluation mode, with their averaged weights where the config asks for an average.
@@ -86,7 +86,10 @@ def fit(
     Raises:
         ValueError: the checkpoint is damaged, or was trained with other settings.
     """
-    accelerator, folder, start = _accelerator(device), Path(folder), time.monotonic()
+    on_cpu = rank_and_world()[1] > 1 and pick_device(device).type == "cpu"
+    accelerator, folder, start = Accelerator(cpu=on_cpu, device_placement=False), Path(folder), time.monotonic()
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"{kind} cuts weights into shards, and a checkpoint would hold one: launch with MULTI_GPU")
     main, checkpoint = accelerator.is_main_process, folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     if groups is None:
@@ -173,20 +176,6 @@ def learning_rate(step: int, config: FitConfig) -> float:
     return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
 
 
-def training_device(device: str | torch.device | None = None) -> torch.device:
-    """Where to put what is trained: the device asked for or the best; of several processes each its own."""
-    return _accelerator(device).device if rank_and_world()[1] > 1 else pick_device(device)
-
-
-def _accelerator(device: str | torch.device | None) -> Accelerator:
-    on_cpu = rank_and_world()[1] > 1 and pick_device(device).type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, device_placement=False)
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # two million parameters need no shards
-        raise ValueError(f"{kind} cuts weights into shards, and a checkpoint would hold one: launch with MULTI_GPU")
-    return accelerator
-
-
 def _load(path: Path, settings: dict) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -205,7 +194,8 @@ def _append(path: Path, row: dict[str, float]) -> None:
 
 def _forget(path: Path, step: int) -> None:
     """Drop what a log says beyond the step that training goes on from, and a line that was cut."""
-    rows = pd.read_csv(path, on_bad_lines="skip").dropna() if step and path.exists() else None
+    head, *rows = (path.read_text() if path.exists() else "").splitlines(keepends=True) or [""]
+    rows = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
     path.unlink(missing_ok=True)
-    if rows is not None and len(rows):
-        rows[rows["step"] <= step].to_csv(path, index=False, float_format="%.6g")
+    if rows:
+        path.write_text("".join([head, *rows]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -34,12 +33,12 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best one at hand: CUDA (of several processes each its own), Apple's MPS, the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device asked for, or the best one at hand: CUDA, Apple's MPS, the CPU; of several processes each its own."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = torch.device(device or best)
+    if found.type == "cuda" and (found.index is None or rank_and_world()[1] > 1):
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+    return found
 
 
 def describe_device(device: torch.device) -> str:
@@ -122,24 +121,6 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:
-    """Write a model card beside the weights: `README.md` for people, and `card.json`, the same, for programs.
-
-    Args:
-        about: what it is and what it is for, one paragraph.
-        training: how it was made: command, seed, steps, device, seconds, data.
-        figures: what was measured on it, with the number of test scenes.
-        source: licences and origins of data and of starting weights.
-    """
-    tables = [
-        "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()) for rows in (training, figures)
-    ]
-    text = f"# {title}\n\n{about}\n\n## How it was made\n\n{tables[0]}\n\n## What was measured\n\n{tables[1]}\n\n"
-    write_file(Path(folder) / "README.md", f"{text}## Sources and licences\n\n{source}\n".encode())
-    card = {"title": title, "about": about, "training": training, "figures": figures, "source": source}
-    write_file(Path(folder) / "card.json", (json.dumps(card, indent=1) + "\n").encode())
-
-
 def quiet_libraries() -> None:
     """Silence the progress bars and the chatter of the libraries; errors stay loud."""
     import diffusers.utils.logging
@@ -148,7 +129,3 @@ def quiet_libraries() -> None:
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-
-
-# Names of before the redesign, until everybody has moved.
-atomic_write, atomic_folder = write_file, write_folder

@@ -212,8 +212,8 @@ def test_times_and_no_enhancement(ldm: LatentDiffusion) -> None:
 
 
 def test_the_layout_that_trains_faster_changes_no_result(ldm: LatentDiffusion) -> None:
-    unet = lay_out_for_training(copy.deepcopy(ldm.unet))
-    laid_out = LatentDiffusion(ldm.vae, unet, ldm.text_encoder, ldm.tokenizer, ldm.scheduler, "cpu")
+    lay_out_for_training(unet := copy.deepcopy(ldm.unet), vae := copy.deepcopy(ldm.vae))
+    laid_out = LatentDiffusion(vae, unet, ldm.text_encoder, ldm.tokenizer, ldm.scheduler, "cpu")
     z_t, t, text = latent(2).requires_grad_(), torch.tensor([100, 300]), ldm.text(["a lion", "a bus"])
     (z0, eps), (expected, _) = (one.predict(z_t, t, text) for one in (laid_out, ldm))
     close(z0, expected, 1e-4)

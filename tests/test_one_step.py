@@ -10,7 +10,7 @@ import one_step
 import pandas as pd
 import pytest
 import torch
-from one_step import OneStepConfig, Walks
+from one_step import LORA_FILE, OneStepConfig, Walks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_codec import make_world
@@ -20,7 +20,6 @@ from slimlib.data.scenes import PocketScenes
 from slimlib.images import to_tensor
 from slimlib.ldm import CLEAN, LatentDiffusion, last
 from slimlib.scales import ASSETS
-from slimlib.training import LORA_FILE
 
 CONFIG = OneStepConfig(steps=4, batch=2, teacher_steps=3, t_low=20, t_high=300, rank=2, log_every=1)
 

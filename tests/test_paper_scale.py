@@ -24,10 +24,10 @@ from slimlib.__main__ import main
 from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior
 from slimlib.codec import SlimCodec
 from slimlib.compressor import CompressorConfig
+from slimlib.data.cache import ClipSeg
 from slimlib.ldm import LatentDiffusion, last
 from slimlib.machines import load_machine
 from slimlib.measure import costs
-from slimlib.roi import ClipSeg
 from slimlib.scales import PAPER, Scale
 
 
