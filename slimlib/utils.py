@@ -1,4 +1,4 @@
-"""Small things that several modules need: devices, whole files, digests, cards, options."""
+"""Small things that several modules need: options, devices, digests, whole files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import os
 import platform
-import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
@@ -22,9 +22,8 @@ def option(default: Any, help: str) -> Any:
 
     A list or dict is copied for every instance.
     """
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+    kept = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
+    return field(**kept, metadata={"help": help})
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -36,7 +35,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for, or the best one at hand: CUDA, Apple's MPS, the CPU; of several processes each its own."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     found = torch.device(device or best)
-    if found.type == "cuda" and (found.index is None or rank_and_world()[1] > 1):
+    if found.type == "cuda" and (found.index is None or "LOCAL_RANK" in os.environ):
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
     return found
 
@@ -83,20 +82,15 @@ def write_file(path: str | Path, data: bytes) -> None:
     """Write a file wholly or not at all: a temporary file beside it, flushed, then renamed over it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a result is not
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -104,21 +98,18 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     """Yield a fresh folder that replaces `path` when the block ends well, and is deleted when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        fresh = temporary / "new"
+    with tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as temporary:
+        fresh, old = Path(temporary) / "new", Path(temporary) / "old"
         fresh.mkdir()
         yield fresh
         if path.exists():
-            os.replace(path, temporary / "old")
+            os.replace(path, old)
         try:
             os.replace(fresh, path)
         except BaseException:  # what was there comes back
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(temporary / "old", path)
+            if old.exists():
+                os.replace(old, path)
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def quiet_libraries() -> None:
