@@ -26,7 +26,7 @@ from transformers import AutoProcessor, BlipForConditionalGeneration
 from slimlib.entropy import RangeDecoder, RangeEncoder
 from slimlib.scales import load_plain, load_pretrained
 from slimlib.stream import StreamError
-from slimlib.utils import pick_device, quiet_libraries, write_file
+from slimlib.utils import Device, pick_device, quiet_libraries, write_file
 
 CAPTION_PRIOR = "caption_prior.json"
 """Name of the caption prior's file in the compressor's folder."""
@@ -37,13 +37,13 @@ MAX_CHARACTERS = 200
 class Captioner:
     """A frozen BLIP captioning model (arXiv 2201.12086), decoded greedily: same picture, same words."""
 
-    def __init__(self, model: BlipForConditionalGeneration, processor: Any, device: torch.device | str | None = None):
+    def __init__(self, model: BlipForConditionalGeneration, processor: Any, device: Device = None):
         self.device = pick_device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> Captioner:
+    def from_pretrained(cls, name: str | Path, device: Device = None) -> Captioner:
         """Load from a folder or from a model hub ("owner/name@revision"); raises as `scales.load_pretrained` does."""
         quiet_libraries()
         model = load_pretrained(BlipForConditionalGeneration, name, dtype=torch.float32)

@@ -30,7 +30,7 @@ from slimlib.machines import Machine, load_machine
 from slimlib.roi import gradcam, roi_crop
 from slimlib.scales import Scale
 from slimlib.stream import StreamError, StreamHeader, pack, unpack
-from slimlib.utils import pick_device
+from slimlib.utils import Device, pick_device
 
 MAX_STEPS = 100
 """Most denoising steps that a stream may ask for: a few bytes must not keep a decoder busy for hours."""
@@ -125,7 +125,7 @@ class SlimCodec:
     def from_pretrained(
         cls,
         name: str | Path | Scale = "pocket",
-        device: str | torch.device | None = None,
+        device: Device = None,
         exact: bool = True,
         max_pixels: int = MAX_PIXELS,
         dtype: torch.dtype = torch.float32,

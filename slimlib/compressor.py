@@ -43,7 +43,7 @@ from slimlib.entropy import (
 )
 from slimlib.stream import StreamError
 from slimlib.transforms import Decoder, Encoder
-from slimlib.utils import evaluating, pick_device, write_file
+from slimlib.utils import Device, evaluating, pick_device, write_file
 
 SYMBOL_MAX = 2**15  # larger symbols are clipped by the encoder, and are an error for the decoder
 
@@ -285,7 +285,7 @@ class LatentCompressor(nn.Module):
         write_file(Path(folder) / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> LatentCompressor:
+    def from_pretrained(cls, folder: str | Path, device: Device = None) -> LatentCompressor:
         """Read what `save_pretrained` wrote, strictly.
 
         Raises:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from slimlib.utils import option, pick_device, rank_and_world
+from slimlib.utils import Device, option, pick_device, rank_and_world
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 """A loss, and its parts for the log."""
@@ -61,7 +61,7 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     max_seconds: float | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
 ) -> dict[str, nn.Module]:
     """Minimise a loss; resumes exactly.
 

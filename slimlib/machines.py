@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimlib.images import to_tensor
 from slimlib.scales import hub_error
-from slimlib.utils import pick_device
+from slimlib.utils import Device, pick_device
 
 CAM_GRID = 6
 """Cells a side that Grad-CAM needs. The last layer has 7 at 224 px, but 3 at 96 px: on scenes of the pocket machines a
@@ -51,7 +51,7 @@ class Machine(nn.Module):
         return [(self.classes[i], v) for v, i in zip(values.tolist(), indices.tolist(), strict=True)]
 
 
-def load_machine(name: str, device: str | torch.device | None = None) -> Machine:
+def load_machine(name: str, device: Device = None) -> Machine:
     """Load a classifier: a local folder written by timm, or a timm model name (with weights from the hub).
 
     A name may be pinned: "resnet50.tv_in1k@revision". Without `label_names` in its config it knows ImageNet's classes.

@@ -35,7 +35,7 @@ from slimlib.ldm import LatentDiffusion, lay_out_for_training
 from slimlib.loop import FitConfig, Losses, fit
 from slimlib.machines import Machine
 from slimlib.roi import roi_weights
-from slimlib.utils import autocast, option, pick_device, rank_and_world
+from slimlib.utils import Device, autocast, option, pick_device, rank_and_world
 
 KNOT_SPEED = 5  # the knots over quality learn this much faster than the weights
 
@@ -85,7 +85,7 @@ def train_stage1(
     masks: np.ndarray,
     out: str | Path,
     compressor: LatentCompressor | CompressorConfig | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     **limits: Any,
 ) -> LatentCompressor:
     """Train a compressor on cached latents.
@@ -199,7 +199,7 @@ def train_stage2(
     out: str | Path,
     compressor: LatentCompressor,
     images: np.ndarray | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     **limits: Any,
 ) -> LatentCompressor:
     """Train a compressor of stage 1 on through the frozen UNet, VAE decoder and machine.

@@ -31,10 +31,9 @@ class Encoder(nn.Module):
         self.down = nn.Sequential(*down)
         self.embed = QualityEmbedding()
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.block = block = 2**config.stages
-        inside = config.latent_channels * block**2
-        self.direct = nn.Conv2d(inside, config.y_channels, 1, bias=False)
-        self.direct.weight.data = _block_dct(config.latent_channels, block, config.y_channels)[..., None, None]
+        self.block = 2**config.stages
+        self.direct = nn.Conv2d(config.latent_channels * self.block**2, config.y_channels, 1, bias=False)
+        self.direct.weight.data = _block_dct(config.latent_channels, self.block, config.y_channels)[..., None, None]
         self.y = nn.Conv2d(config.width, config.y_channels, 1)
         self.y.weight.data *= 0.1
         self.h = nn.Sequential(
@@ -42,7 +41,7 @@ class Encoder(nn.Module):
             nn.GELU(),
             nn.Conv2d(config.width // 2, config.h_channels, 1),
         )
-        self.roi = nn.Sequential(nn.Conv2d(config.width, 4**config.stages, 1), nn.PixelShuffle(2**config.stages))
+        self.roi = nn.Sequential(nn.Conv2d(config.width, self.block**2, 1), nn.PixelShuffle(self.block))
 
     def forward(self, z: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         embedding = self.embed(quality)
@@ -106,10 +105,9 @@ class Block(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, h * w, width)
         normed = self.norm1(tokens) * (1 + scale1) + shift1
         seen = normed
-        if rows > ATTENDED or columns > ATTENDED:
+        if max(rows, columns) > ATTENDED:
             grid = normed.transpose(1, 2).unflatten(2, (rows, columns))
-            grid = F.adaptive_avg_pool2d(grid, (min(rows, ATTENDED), min(columns, ATTENDED)))
-            seen = grid.flatten(2).transpose(1, 2)
+            seen = F.adaptive_avg_pool2d(grid, (min(rows, ATTENDED), min(columns, ATTENDED))).flatten(2).transpose(1, 2)
         q, k, v = (
             t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.q(normed), *self.kv(seen).chunk(2, 2))
         )

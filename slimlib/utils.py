@@ -11,10 +11,13 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+Device: TypeAlias = "str | torch.device | None"
+"""A device, its name, or None for the best one at hand."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -31,7 +34,7 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def pick_device(device: str | torch.device | None = None) -> torch.device:
+def pick_device(device: Device = None) -> torch.device:
     """The device asked for, or the best one at hand: CUDA, Apple's MPS, the CPU; of several processes each its own."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     found = torch.device(device or best)

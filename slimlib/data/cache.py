@@ -42,13 +42,13 @@ from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
 from slimlib.roi import gradcam, latent_mask, roi_crop
 from slimlib.scales import Scale, load_plain, load_pretrained
-from slimlib.utils import digest, option, pick_device, quiet_libraries, rank_and_world, write_file
+from slimlib.utils import Device, digest, option, pick_device, quiet_libraries, rank_and_world, write_file
 
 
 class ClipSeg:
     """What in a picture fits a text: CLIPSeg (arXiv 2112.10003), frozen. Needs no classifier, but words."""
 
-    def __init__(self, name: str | Path, device: torch.device | str | None = None) -> None:
+    def __init__(self, name: str | Path, device: Device = None) -> None:
         """Load from a folder or a hub, such as "CIDAS/clipseg-rd64-refined", by `scales.load_pretrained`."""
         self.device = pick_device(device)
         self.processor = load_plain(AutoProcessor, name)
