@@ -29,18 +29,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimlib.entropy import (
-    FINENESS_STEPS,
-    FREQUENCY_BITS,
-    MEAN_STEPS,
-    QUALITY_KNOTS,
-    FrequencyTable,
-    IntegerNet,
-    RangeDecoder,
-    RangeEncoder,
-    clamp_ste,
-    gaussian_table,
-)
+from slimlib import entropy
+from slimlib.entropy import FrequencyTable, IntegerNet, RangeDecoder, RangeEncoder, clamp_ste, gaussian_table
 from slimlib.stream import StreamError
 from slimlib.transforms import Decoder, Encoder
 from slimlib.utils import Device, evaluating, pick_device, write_file
@@ -101,8 +91,8 @@ class CompressorConfig:
 
     def t0(self, quality: float) -> int:
         """Noise level at a quality in [0, 1]."""
-        knots = sorted(self.t0_table)
-        return round(float(np.interp(quality, [k[0] for k in knots], [k[1] for k in knots])))
+        qualities, levels = np.array(sorted(self.t0_table)).T
+        return round(float(np.interp(quality, qualities, levels)))
 
 
 class LatentCompressor(nn.Module):
@@ -113,7 +103,7 @@ class LatentCompressor(nn.Module):
         self.config = config = config or CompressorConfig()
 
         def knots(low: float, high: float, channels: int) -> Tensor:  # (6, channels), log-spaced over quality
-            return torch.linspace(np.log(low), np.log(high), QUALITY_KNOTS)[:, None].repeat(1, channels)
+            return torch.linspace(np.log(low), np.log(high), entropy.QUALITY_KNOTS)[:, None].repeat(1, channels)
 
         log_gain = knots(config.gain_min, config.gain_max, config.y_channels)
         hyper_gain = knots(0.5, 2.0, config.h_channels)
@@ -122,14 +112,14 @@ class LatentCompressor(nn.Module):
         self.log_gain = nn.Parameter(log_gain.clone())
         self.log_inverse_gain = nn.Parameter(-log_gain)
         self.log_hyper_gain = nn.Parameter(hyper_gain.clone())
-        self.gate_depth = nn.Parameter(torch.full((QUALITY_KNOTS, config.y_channels), -1.0))
+        self.gate_depth = nn.Parameter(torch.full((entropy.QUALITY_KNOTS, config.y_channels), -1.0))
         index_start = (log_gain - np.log(config.scale_min)) / config.log_step
         prior_start = float(-np.log(config.scale_min)) / config.log_step
         self.net = IntegerNet(
             config.net_width, config.scale_levels, log_gain.exp(), index_start, hyper_gain.exp(), prior_start
         )
-        # The bound is what the rarest symbol has in the table of frequencies.
-        self.gaussian = GaussianConditional(None, scale_bound=config.scale_min, likelihood_bound=2.0**-FREQUENCY_BITS)
+        rarest = 2.0**-entropy.FREQUENCY_BITS  # probability in the table of frequencies
+        self.gaussian = GaussianConditional(None, scale_bound=config.scale_min, likelihood_bound=rarest)
         columns = 2 * config.symbol_bound + 2
         self.register_buffer("table", torch.zeros(config.scale_levels, columns, dtype=torch.int32))
 
@@ -181,19 +171,19 @@ class LatentCompressor(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # integers do not survive bfloat16
             coded["h_index"], h_mean = self._predict(byte)
             coded |= self._quantise("h", h, coded["h_index"], h_mean)
-            coded["index"], mean, coded["fineness"] = self._predict(byte, coded["h_hat"] * MEAN_STEPS)
-            scaled = y * torch.exp2(coded["fineness"] / FINENESS_STEPS)
+            coded["index"], mean, coded["fineness"] = self._predict(byte, coded["h_hat"] * entropy.MEAN_STEPS)
+            scaled = y * torch.exp2(coded["fineness"] / entropy.FINENESS_STEPS)
             return coded | self._quantise("y", scaled, coded["index"], mean)
 
     def synthesise(self, y_hat: Tensor, index: Tensor, fineness: Tensor, byte: Tensor) -> Tensor:
         """z_hat from the decoded values and their scale indices, which tell where detail was spent."""
         y_hat = y_hat * torch.exp(_interpolate(self.log_inverse_gain, byte))
-        y_hat = y_hat * torch.exp2(-fineness / FINENESS_STEPS)
+        y_hat = y_hat * torch.exp2(-fineness / entropy.FINENESS_STEPS)
         return self.decoder(y_hat, index / self.config.scale_levels - 0.5, byte.float() / 255)
 
     def _quantise(self, name: str, x: Tensor, index: Tensor, mean16: Tensor) -> dict[str, Tensor]:
         """Symbols, decoded values, likelihoods; noise for the likelihoods while training."""
-        mean = mean16 / MEAN_STEPS
+        mean = mean16 / entropy.MEAN_STEPS
         symbols = clamp_ste(quantize_ste(x - mean), -SYMBOL_MAX, SYMBOL_MAX)
         x_hat = symbols + mean
         scales = self.config.scale_min * torch.exp(index * self.config.log_step)
@@ -250,9 +240,9 @@ class LatentCompressor(nn.Module):
         table, byte = self._frequencies(), quality_byte(quality)
         h_index, h_mean = self.net.exact(byte)
         h_rows = h_index.expand(1, -1, *(side // self.config.multiple for side in shape))
-        h_hat = _decode(coder, h_rows, table) * MEAN_STEPS + h_mean
+        h_hat = _decode(coder, h_rows, table) * entropy.MEAN_STEPS + h_mean
         index, mean, fineness = self.net.exact(byte, h_hat)
-        y_hat = _decode(coder, index, table) + mean / MEAN_STEPS
+        y_hat = _decode(coder, index, table) + mean / entropy.MEAN_STEPS
         y_hat, scale, fine = (t.to(self.device, torch.float32) for t in (y_hat, index, fineness))
         with evaluating(self):
             return self.synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
@@ -350,6 +340,6 @@ def _decode(coder: RangeDecoder, rows: Tensor, table: FrequencyTable) -> Tensor:
 
 def _interpolate(knots: Tensor, byte: Tensor) -> Tensor:
     """(6, channels) knots, (B,) quality bytes -> (B, channels, 1, 1), linear between the knots."""
-    at = byte.float() * ((QUALITY_KNOTS - 1) / 255)
-    left = at.long().clamp(max=QUALITY_KNOTS - 2)
+    at = byte.float() * ((entropy.QUALITY_KNOTS - 1) / 255)
+    left = at.long().clamp(max=entropy.QUALITY_KNOTS - 2)
     return torch.lerp(knots[left], knots[left + 1], (at - left)[:, None])[:, :, None, None]

@@ -37,11 +37,7 @@ class FitConfig:
     beta2: float = option(0.98, "AdamW's decay of the squared gradient")
     weight_decay: float = option(1e-4, "AdamW's decay of the weights")
     clip: float = option(1.0, "largest norm of the gradient")
-    accumulate: int = option(
-        1,
-        "batches whose gradients make one step, on each process. A step sees batch * accumulate * processes items, and "
-        "the same ones whichever way that product comes about",
-    )
+    accumulate: int = option(1, "batches on each process that make a step, of batch * accumulate * processes items")
     ema: float = option(0.0, "decay of the moving average of the weights that becomes the result; 0: the last weights")
     save_every: int = option(500, "steps between checkpoints")
     log_every: int = option(20, "steps between lines of the log")
@@ -66,7 +62,7 @@ def fit(
     """Minimise a loss; resumes exactly.
 
     Interrupted at any step and started again it ends with the same weights as in one go: a checkpoint holds modules
-    and optimiser, and each batch is drawn from (seed, step, number of the batch) alone.
+    and optimiser, and each batch is drawn from (seed, step, number of the batch) alone, whichever process draws it.
 
     Args:
         modules: what is trained (parameters that ask for a gradient) and stored; they lie on `pick_device(device)`.

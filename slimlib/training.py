@@ -65,7 +65,7 @@ class Stage2Config(Stage1Config):
     # it can, a strong task term only finds what this one machine likes (our choice; measured on another machine).
     b: float = option(0.15, "weight of the task term, for a nat of cross-entropy or a relative feature error of 1")
     view: float = option(
-        0.12, "how far the machine's view is moved, turned over and scaled at random, as a share of the side; 0: not"
+        0.12, "largest random shift and scaling of the machine's view, as a share of the side; 0: none"
     )
     task: str = option("ce", "ce: machine A's cross-entropy; features: the error in its features; no label is used")
     drop_caption: float = option(0.1, "share of the items that are shown to the UNet without caption")
@@ -343,7 +343,6 @@ def start_times(config: CompressorConfig, quality: Tensor) -> Tensor:
 
 
 def _must_fit(latents: np.ndarray, masks: np.ndarray, *others: Any) -> None:
-    counts = {len(latents), len(masks), *map(len, others)}
-    if len(counts) > 1 or latents.shape[2:] != masks.shape[1:]:
-        sizes = "".join(f", and {len(other)} more" for other in others)
-        raise ValueError(f"Latents {latents.shape} and masks {masks.shape}{sizes} do not belong together.")
+    shapes = [latents.shape, masks.shape, *((len(other),) for other in others)]
+    if len({shape[0] for shape in shapes}) > 1 or latents.shape[2:] != masks.shape[1:]:
+        raise ValueError(f"Latents, masks and what else was given do not belong together: {shapes}.")
