@@ -96,16 +96,11 @@ class SlimCodec:
         captioner: Captioner | None = None,
         machine: Machine | None = None,
         exact: bool = True,
-        max_pixels: int = MAX_PIXELS,
     ):
         """Put a codec together from loaded parts; `from_pretrained` is the usual way.
 
-        Args:
-            ldm, compressor: made for each other; checked as far as their shapes go.
-            prior: needed for any caption.
-            captioner, machine: needed for caption="auto" only: one speaks, the other says where to look.
-            exact: see above.
-            max_pixels: refuse larger pictures.
+        A prior is needed for any caption, captioner and machine for caption="auto" only: one speaks, the other says
+        where to look. ValueError if diffusion model and compressor are not made for each other, as their shapes tell.
         """
         config = compressor.config
         if config.latent_channels != ldm.latent_channels or config.factor != ldm.factor:
@@ -114,7 +109,7 @@ class SlimCodec:
                 f"{config.factor}; this model has {ldm.latent_channels} and {ldm.factor}"
             )
         self.ldm, self.compressor, self.prior = ldm, compressor, prior
-        self.exact, self.max_pixels = exact, max_pixels
+        self.exact, self.max_pixels = exact, MAX_PIXELS  # larger pictures are refused
         self._scale: Scale | None = None
         if captioner is not None:
             self.captioner = captioner
@@ -127,15 +122,12 @@ class SlimCodec:
         name: str | Path | Scale = "pocket",
         device: Device = None,
         exact: bool = True,
-        max_pixels: int = MAX_PIXELS,
         dtype: torch.dtype = torch.float32,
     ) -> SlimCodec:
         """Load a codec; captioner and machine follow when they are first needed.
 
         Args:
             name: "pocket", "paper", a folder laid out like assets/pocket, or a `Scale`.
-            device: the best one at hand if None.
-            exact, max_pixels: see the class.
             dtype: precision in which the diffusion model computes.
 
         Raises:
@@ -146,7 +138,7 @@ class SlimCodec:
         compressor = LatentCompressor.from_pretrained(scale.compressor, device)
         prior = CaptionPrior.load(Path(scale.compressor) / CAPTION_PRIOR)
         ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
-        codec = cls(ldm, compressor, prior, exact=exact, max_pixels=max_pixels)
+        codec = cls(ldm, compressor, prior, exact=exact)
         codec._scale = scale
         return codec
 
@@ -169,8 +161,7 @@ class SlimCodec:
     def fingerprint(self) -> int:
         """16 bits over everything that decoding needs: compressor, caption prior, diffusion model.
 
-        Taken once, for it costs a tenth of encoding: a codec's weights are frozen. After changing them in place
-        (more training, LoRA), put a new SlimCodec together from the same parts.
+        Taken once: a codec's weights are frozen. After changing them in place put a new SlimCodec together.
         """
         parts = self.compressor.fingerprint().to_bytes(2, "big") + self.ldm.fingerprint()
         hashed = hashlib.sha256(parts + (self.prior.fingerprint() if self.prior else b""))

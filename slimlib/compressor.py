@@ -201,12 +201,7 @@ class LatentCompressor(nn.Module):
 
     @torch.no_grad()
     def compress(self, z: Tensor, quality: float, coder: RangeEncoder) -> dict[str, Tensor]:
-        """Append hyper-latent and latent of one item to a coder.
-
-        Args:
-            z: (1, C, h, w) scaled latent; h and w multiples of `config.multiple`.
-            quality: in [0, 1].
-            coder: what came before (a caption) stays before.
+        """Append hyper-latent and latent of one item, z (1, C, h, w), to a coder, behind what it holds (a caption).
 
         Returns:
             What each symbol costs in bits: "y" (M, h/4, w/4) and "h" (N, h/8, w/8); for maps and tables.
@@ -227,12 +222,7 @@ class LatentCompressor(nn.Module):
 
     @torch.no_grad()
     def decompress(self, coder: RangeDecoder, shape: tuple[int, int], quality: float) -> Tensor:
-        """Take z_hat (1, C, h, w) of one item from a coder.
-
-        Args:
-            coder: positioned where `compress` began to append.
-            shape: (h, w) of the latent z, positive multiples of `config.multiple`.
-            quality: as given to `compress`.
+        """z_hat (1, C, h, w), of a shape (h, w), from a coder that stands where `compress` began to append.
 
         Raises:
             StreamError: the bytes are damaged.

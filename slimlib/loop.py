@@ -88,9 +88,8 @@ def fit(
         raise ValueError(f"{kind} cuts weights into shards, and a checkpoint would hold one: launch with MULTI_GPU")
     main, checkpoint = accelerator.is_main_process, folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    if groups is None:
-        trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        groups = [{"params": trained, "speed": 1.0, "weight_decay": config.weight_decay}]
+    trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    groups = groups or [{"params": trained, "speed": 1.0, "weight_decay": config.weight_decay}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
     parameters = [p for group in groups for p in group["params"]]
     ema = get_ema_multi_avg_fn(config.ema)
@@ -103,9 +102,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         for name, module in stored.items():
             module.load_state_dict(state["modules"][name])
-    if main:
-        _forget(folder / "log.csv", first)
-        _forget(folder / "curve.csv", first)
+    for log in ("log.csv", "curve.csv") if main else ():
+        _forget(folder / log, first)
     *networks, stepper = accelerator.prepare(*modules.values(), optimizer)
     wrapped = dict(zip(modules, networks, strict=True))
     for module in modules.values():

@@ -50,7 +50,6 @@ def roi_box(cam: Tensor, share: float = 0.97) -> Box:
 
     Args:
         cam: map (H, W), (1, H, W) or (1, 1, H, W), not negative.
-        share: how much of the mass is inside, in (0, 1].
 
     Returns:
         The box in the map's own pixels; the whole map if it is empty.

@@ -112,10 +112,9 @@ def test_words_and_noise(ldm: LatentDiffusion) -> None:
     assert torch.equal(text[:1], ldm.text_encoder(ids).last_hidden_state)
     assert text.shape == (3, 16, 32) and not torch.equal(text[0], text[1])
     shape, state = (2, 4, 8, 8), torch.random.get_rng_state()
-    assert torch.equal(ldm.noise(shape, 7), ldm.noise(shape, 7)) and not torch.equal(
-        ldm.noise(shape, 7), ldm.noise(shape, 8)
-    )
-    assert torch.equal(ldm.noise(shape, [7, 8])[1:], ldm.noise((1, 4, 8, 8), 8)), "an item does not depend on its batch"
+    one, again, another, both = (ldm.noise(shape, seed) for seed in (7, 7, 8, [7, 8]))
+    assert torch.equal(one, again) and not torch.equal(one, another)
+    assert torch.equal(both[1:], ldm.noise((1, 4, 8, 8), 8)), "an item does not depend on its batch"
     assert torch.equal(state, torch.random.get_rng_state()), "nor the program on this noise"
     with pytest.raises(ValueError, match="3 seeds for a batch of 2"):
         ldm.noise(shape, [1, 2, 3])
@@ -178,10 +177,8 @@ def test_guidance_points_away_from_no_words(ldm: LatentDiffusion, prediction: st
 
 def test_a_batch_is_its_items(ldm: LatentDiffusion) -> None:
     """Each item has its own t0, seed and caption; steps and guidance are those of the call."""
-    z_hat, usual = (
-        latent(3),
-        {"captions": CAPTIONS, "t0": [600, 300, 50], "steps": 3, "seed": [3, 1, 2], "guidance": 2.0},
-    )
+    usual = {"captions": CAPTIONS, "t0": [600, 300, 50], "steps": 3, "seed": [3, 1, 2], "guidance": 2.0}
+    z_hat = latent(3)
 
     def walk(z: Tensor, **changed: Any) -> Tensor:
         return last(ldm.enhance(z, **{**usual, **changed}), z)

@@ -13,7 +13,6 @@ import torch
 from one_step import LORA_FILE, OneStepConfig, Walks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_codec import make_world
 
 from slimlib.compressor import LatentCompressor
 from slimlib.data.scenes import PocketScenes
@@ -25,18 +24,13 @@ CONFIG = OneStepConfig(steps=4, batch=2, teacher_steps=3, t_low=20, t_high=300, 
 
 
 @pytest.fixture(scope="module")
-def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tiny_world, tmp_path_factory.mktemp("one_step") / "world")
+def ldm(tiny_codec_world: Path) -> LatentDiffusion:
+    return LatentDiffusion.from_pretrained(tiny_codec_world / "ldm", "fp16", "cpu")
 
 
 @pytest.fixture(scope="module")
-def ldm(world: Path) -> LatentDiffusion:
-    return LatentDiffusion.from_pretrained(world / "ldm", "fp16", "cpu")
-
-
-@pytest.fixture(scope="module")
-def compressor(world: Path) -> LatentCompressor:
-    return LatentCompressor.from_pretrained(world / "compressor", "cpu")
+def compressor(tiny_codec_world: Path) -> LatentCompressor:
+    return LatentCompressor.from_pretrained(tiny_codec_world / "compressor", "cpu")
 
 
 @pytest.fixture(scope="module")

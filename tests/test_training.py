@@ -147,9 +147,7 @@ def train(config: Stage2Config, world: SimpleNamespace, folder: Path, **more: An
     return training.train_stage2(config, out=folder, **{**world.items, **rest, **QUIET, **more})
 
 
-@pytest.mark.parametrize(
-    ("task", "drop", "view"), [("ce", 0.0, 0.0), ("ce", 1.0, 0.1), ("features", 0.5, 0.1), ("features", 0.0, 0.0)]
-)
+@pytest.mark.parametrize(("task", "drop", "view"), [("ce", 1.0, 0.0), ("ce", 0.0, 0.1), ("features", 0.5, 0.1)])
 def test_stage2_hands_on_what_belongs_together(
     world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, drop: float, view: float
 ) -> None:
