@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import field
@@ -94,25 +93,6 @@ def write_file(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a fresh folder that replaces `path` when the block ends well, and is deleted when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as temporary:
-        fresh, old = Path(temporary) / "new", Path(temporary) / "old"
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(fresh, path)
-        except BaseException:  # what was there comes back
-            if old.exists():
-                os.replace(old, path)
-            raise
 
 
 def quiet_libraries() -> None:

@@ -50,7 +50,7 @@ from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache, pocket_cache
 from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS
-from slimlib.data.train import write_card
+from slimlib.data.train import write_card, write_folder
 from slimlib.ldm import LatentDiffusion, lay_out_for_training
 from slimlib.loop import FitConfig, Losses, fit
 from slimlib.machines import Machine, load_machine
@@ -150,7 +150,7 @@ class Run:
             return
         if log.step.iloc[-1] < self.config.steps:
             return print(f"{self.name}: not at step {self.config.steps} yet; the same command with --resume goes on")
-        with utils.write_folder(self.folder) as folder:
+        with write_folder(self.folder) as folder:
             save(folder)
             for file in folder.rglob("*.json"):  # diffusers notes where a model was loaded from: of no use to anyone
                 config = json.loads(file.read_text())

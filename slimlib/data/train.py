@@ -14,10 +14,14 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -32,7 +36,7 @@ from slimlib.ldm import LatentDiffusion
 from slimlib.machines import load_machine
 from slimlib.scales import Scale
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
-from slimlib.utils import digest, option, quiet_libraries, rank_and_world, write_file, write_folder
+from slimlib.utils import digest, option, quiet_libraries, rank_and_world, write_file
 
 
 @dataclass
@@ -140,6 +144,25 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
         raise ValueError(f"{options.cache} was made with another VAE than that of {scale.ldm}; which --scale was it?")
     machine, arrays = load_machine(scale.machine_a, device), (cache.latents, cache.masks, cache.labels, cache.captions)
     return train_stage2(config, *arrays, ldm, machine, work, model, cache.images, **limits)
+
+
+@contextlib.contextmanager
+def write_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a fresh folder that replaces `path` when the block ends well, and is deleted when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as temporary:
+        fresh, old = Path(temporary) / "new", Path(temporary) / "old"
+        fresh.mkdir()
+        yield fresh
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except BaseException:  # what was there comes back
+            if old.exists():
+                os.replace(old, path)
+            raise
 
 
 def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:
