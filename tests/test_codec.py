@@ -40,9 +40,6 @@ def other(codec: SlimCodec, **changed: Any) -> SlimCodec:
     return SlimCodec(**{"ldm": codec.ldm, "compressor": codec.compressor, "prior": codec.prior, **changed})
 
 
-# ---- round trips
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (33, 31), (64, 65), (200, 40), (128, 128)])
 @torch.no_grad()
 def test_what_comes_back_is_what_the_models_say(codec: SlimCodec, size: tuple[int, int]) -> None:
@@ -99,9 +96,6 @@ def test_without_exactness_a_pixel_may_differ_by_one(codec: SlimCodec) -> None:
     assert np.abs(fast - exact).max() <= 1
 
 
-# ---- what a stream carries
-
-
 def test_report_adds_up_and_defaults_cost_no_bytes(codec: SlimCodec) -> None:
     image, config, prior = picture(70, 50), codec.compressor.config, codec.prior
     stream = codec.compress(image, 0.8, caption="a lion", steps=2, seed=9, t0=300)
@@ -151,9 +145,6 @@ def test_captions(codec: SlimCodec) -> None:
 def test_arguments_out_of_range(codec: SlimCodec, wrong: dict) -> None:
     with pytest.raises(ValueError):
         codec.compress(picture(), **{"caption": None} | wrong)
-
-
-# ---- pictures of every kind
 
 
 def encoded(image: Image.Image, kind: str, **settings: Any) -> Image.Image:
@@ -208,9 +199,6 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
             as_rgb(image)
 
 
-# ---- damage
-
-
 def test_damaged_streams(codec: SlimCodec) -> None:
     stream = codec.compress(picture(50, 60), 0.4, caption="a red fox", steps=2, seed=3)
     bad = [b"", b"not a stream at all", stream + b"\0", b"\x89PNG\r\n\x1a\n" + stream]
@@ -258,9 +246,6 @@ def test_other_weights_are_noticed(codec: SlimCodec, tiny_codec_world: Path) -> 
         other(codec, compressor=compressor).decompress(codec.compress(picture(), caption=None))
 
 
-# ---- loading
-
-
 def test_only_what_is_needed_is_loaded(codec: SlimCodec, tiny_codec_world: Path, tmp_path: Path) -> None:
     scale = replace(Scale.from_name(tiny_codec_world), captioner="/nowhere/captioner", machine_a="/nowhere/machine")
     lean, bare = SlimCodec.from_pretrained(scale, "cpu"), SlimCodec(codec.ldm, codec.compressor)
@@ -276,9 +261,6 @@ def test_only_what_is_needed_is_loaded(codec: SlimCodec, tiny_codec_world: Path,
     (tmp_path / "compressor").mkdir()
     with pytest.raises(FileNotFoundError):
         SlimCodec.from_pretrained(tmp_path)
-
-
-# ---- the shipped weights
 
 
 def test_pocket_qualities() -> None:

@@ -37,9 +37,6 @@ def close(one: Any, two: Any, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(one, two, atol=tolerance, rtol=tolerance)
 
 
-# ---- loading
-
-
 def test_loading(ldm: LatentDiffusion, tiny_world: Path) -> None:
     assert (ldm.factor, ldm.latent_channels, ldm.consistency) == (4, 4, False)
     for model in (ldm.vae, ldm.unet, ldm.text_encoder):
@@ -81,9 +78,6 @@ def test_every_part_is_there_and_counts(ldm: LatentDiffusion, tiny_world: Path, 
             LatentDiffusion.from_pretrained(folder)
 
 
-# ---- image, latent, words
-
-
 @pytest.mark.parametrize("shift", [None, 0.25])
 def test_encode_and_decode(ldm: LatentDiffusion, shift: float | None) -> None:
     vae, scale = copy.deepcopy(ldm.vae), ldm.vae.config.scaling_factor
@@ -111,9 +105,6 @@ def test_words_and_noise(ldm: LatentDiffusion) -> None:
     assert torch.equal(state, torch.random.get_rng_state()), "nor the program on this noise"
     with pytest.raises(ValueError, match="3 seeds for a batch of 2"):
         ldm.noise(shape, [1, 2, 3])
-
-
-# ---- the sampler
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -64,9 +64,6 @@ def checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-# ---- what a step is
-
-
 @pytest.mark.parametrize(("accumulate", "ema", "grouped"), [(1, 0.0, False), (3, 0.8, True)])
 def test_it_is_this_loop(tmp_path: Path, accumulate: int, ema: float, grouped: bool) -> None:
     """Written out in plain PyTorch on the batches that were drawn; the loss of one of them is not finite."""
@@ -113,9 +110,6 @@ def test_it_is_this_loop(tmp_path: Path, accumulate: int, ema: float, grouped: b
         run(tmp_path / str(seed), loss=keep, seed=seed, accumulate=accumulate)
     drawn = {float(x.sum()) for x in batches[:6] + again[6 * accumulate :]}
     assert torch.equal(again[0], batches[0]) and len(drawn) == 6 + 6 * accumulate, "each batch has its own draw"
-
-
-# ---- stopping and going on
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "ema": 0.7}])
@@ -206,8 +200,6 @@ def test_probes_measure_and_change_nothing(tmp_path: Path, ema: float) -> None:
     assert torch.equal(seen[-1], trained["net"].linear.weight), "of the average, if that is the result"
     assert equal(trained, run(tmp_path / "other", steps=5, ema=ema)) and not (tmp_path / "other/curve.csv").exists()
 
-
-# ---- several processes
 
 TWO = """
 import sys

@@ -36,18 +36,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Scale:
     return open_world(tmp_path_factory)
 
 
-# ---- names ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [PAPER.machine_a, PAPER.machine_b + "@main"])
 def test_machines_without_a_network(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is in the cache. What is no machine goes through `load_pretrained`."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(OSError, match=r"no connection to the hub.*--local-dir"):
         load_machine(name)
-
-
-# ---- the published layout ---------------------------------------------------------------------------------------
 
 
 V = {"prediction": "v_prediction", "variant": "fp16"}
@@ -113,9 +107,6 @@ def test_the_compressor_is_the_pockets_for_another_latent() -> None:
     """Its configuration is the one that stage 1 starts from where nothing else is said."""
     there = CompressorConfig(latent_channels=4, factor=8, guidance=3.0)
     assert CompressorConfig.from_dict(costs.published("compressor")) == there
-
-
-# ---- every command, and the lessons -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +184,6 @@ def test_the_lessons_run_at_this_scale(name: str, small: dict, experiment: dict[
     assert set(parameters) <= set(known) and {"scale", "data"} <= set(known)
     result = run_notebook(path, tmp_path, parameters, 600)
     assert not result.problem, result.problem
-
-
-# ---- memory and time --------------------------------------------------------------------------------------------
 
 
 def test_the_check_of_memory_runs_and_refuses(

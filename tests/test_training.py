@@ -30,9 +30,6 @@ ONE = Stage1Config(steps=2, batch=4, warmup=2, log_every=1)
 TWO = Stage2Config(steps=3, batch=2, warmup=2, log_every=1, lambda_max=1.0)
 
 
-# ---- the losses
-
-
 def numbers(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).random(shape)
 
@@ -69,9 +66,6 @@ def test_knots_learn_faster_and_do_not_decay() -> None:
     assert {"log_gain", "log_inverse_gain", "log_hyper_gain", "gate_depth", "net.mean_gain.values"} <= found
     assert len(found) == 10 and (knots["speed"], knots["weight_decay"]) == (training.KNOT_SPEED, 0)
     assert set(names) == set(weights["params"]) and (weights["speed"], weights["weight_decay"]) == (1, 1e-4)
-
-
-# ---- stage 1
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +112,6 @@ def test_stage1_starts_from_what_it_is_given_and_refuses_the_rest(data: tuple, t
     ):
         with pytest.raises(ValueError, match=reason):
             training.train_stage1(config, z, masks, tmp_path, start, **QUIET)
-
-
-# ---- stage 2
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +231,6 @@ def test_stage2_checks_what_it_is_given(world: SimpleNamespace, tmp_path: Path) 
     train(replace(TWO, steps=1), world, tmp_path)
     with pytest.raises(ValueError, match=r"b: 0.15 there, 1.0 asked for"):
         train(replace(TWO, steps=1, b=1.0), world, tmp_path)
-
-
-# ---- its parts
 
 
 def test_the_task_reaches_the_compressor_through_both_networks(world: SimpleNamespace, exactly: None) -> None:

@@ -80,9 +80,6 @@ def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.training
 
 
-# ---- names, and what they load
-
-
 def test_scales_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a@b").mkdir()
