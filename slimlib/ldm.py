@@ -7,7 +7,6 @@ diffusers' own `DDIMScheduler`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -92,7 +91,7 @@ class LatentDiffusion:
         self.device = pick_device(device)
         for model in (self.vae, self.unet, self.text_encoder):
             model.to(self.device)
-        self._nothing = functools.cache(self._embed_nothing)
+        self._nothing: dict[bool, Tensor] = {}  # the embedding of no words, with autocast and without
         return self
 
     # ---- image <-> latent <- words
@@ -117,11 +116,6 @@ class LatentDiffusion:
         how = {"padding": "max_length", "max_length": self.text_encoder.config.max_position_embeddings}
         tokens = self.tokenizer(list(captions), **how, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
-
-    def _embed_nothing(self, _autocast: bool) -> Tensor:
-        """The embedding of no words (1, tokens, width), computed once for each precision."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self.text([""])
 
     def noise(self, shape: Sequence[int], seed: int | Sequence[int]) -> Tensor:
         """Standard normal noise (B, C, h, w), drawn on the CPU so that every device gets the same numbers.
@@ -165,8 +159,10 @@ class LatentDiffusion:
         if guidance == 1.0:
             output = self.unet(z_in, times, encoder_hidden_states=text).sample
         else:
-            nothing = self._nothing(torch.is_autocast_enabled(self.device.type))
-            words = text, nothing.expand(z_t.shape[0], -1, -1)
+            if (kind := torch.is_autocast_enabled(self.device.type)) not in self._nothing:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._nothing[kind] = self.text([""])
+            words = text, self._nothing[kind].expand(z_t.shape[0], -1, -1)
             if batched:
                 twice = self.unet(z_in.repeat(2, 1, 1, 1), times.repeat(2), encoder_hidden_states=torch.cat(words))
                 told, untold = twice.sample.chunk(2)

@@ -6,6 +6,7 @@ Both start as a block DCT of the latent; what attention and convolutions learn i
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,13 +22,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        channels, down = config.latent_channels, []
-        for stage in range(config.stages):
-            last = stage == config.stages - 1
-            out = config.width if last else config.stem
-            down += [nn.Conv2d(channels, out, 5 if stage == 0 else 3, stride=2, padding=2 if stage == 0 else 1)]
-            down += [] if last else [ResidualBlock(out, out)]
-            channels = out
+        widths = [*[config.stem] * (config.stages - 1), config.width]  # from the finest grid to that of y
+        down: list[nn.Module] = [nn.Conv2d(config.latent_channels, widths[0], 5, stride=2, padding=2)]
+        for channels, out in pairwise(widths):
+            down += [ResidualBlock(channels, channels), nn.Conv2d(channels, out, 3, stride=2, padding=1)]
         self.down = nn.Sequential(*down)
         self.embed = QualityEmbedding()
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
@@ -60,12 +58,10 @@ class Decoder(nn.Module):
         self.enter = nn.Conv2d(2 * config.y_channels, config.width, 1)
         self.embed = QualityEmbedding()
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(max(1, config.depth - 1)))
-        channels, up = config.width, []
-        for stage in range(config.stages):
-            out = max(config.stem >> stage, 16)
+        widths, up = [config.width, *(max(config.stem >> stage, 16) for stage in range(config.stages))], []
+        for channels, out in pairwise(widths):
             up += [nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(out, out)]
-            channels = out
-        self.up = nn.Sequential(*up, nn.Conv2d(channels, config.latent_channels, 3, padding=1))
+        self.up = nn.Sequential(*up, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
         self.up[-1].weight.data *= 0.1
         self.block = 2**config.stages
         self.direct = nn.Conv2d(config.y_channels, config.latent_channels * self.block**2, 1, bias=False)
