@@ -270,7 +270,7 @@ class LatentCompressor(nn.Module):
 
         Raises:
             FileNotFoundError: no such files.
-            ValueError: unknown config keys; missing, surplus or misshapen tensors; weights out of range.
+            ValueError: unknown config keys; missing, surplus or misshapen tensors.
         """
         config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for path in (config, weights):
