@@ -26,7 +26,7 @@ from transformers import AutoProcessor, BlipForConditionalGeneration
 from slimlib.entropy import RangeDecoder, RangeEncoder
 from slimlib.scales import load_plain, load_pretrained
 from slimlib.stream import StreamError
-from slimlib.utils import pick_device, quiet_libraries, write_file
+from slimlib.utils import Device, pick_device, quiet_libraries, write_file
 
 CAPTION_PRIOR = "caption_prior.json"
 """Name of the caption prior's file in the compressor's folder."""
@@ -37,13 +37,13 @@ MAX_CHARACTERS = 200
 class Captioner:
     """A frozen BLIP captioning model (arXiv 2201.12086), decoded greedily: same picture, same words."""
 
-    def __init__(self, model: BlipForConditionalGeneration, processor: Any, device: torch.device | str | None = None):
+    def __init__(self, model: BlipForConditionalGeneration, processor: Any, device: Device = None):
         self.device = pick_device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> Captioner:
+    def from_pretrained(cls, name: str | Path, device: Device = None) -> Captioner:
         """Load from a folder or from a model hub ("owner/name@revision"); raises as `scales.load_pretrained` does."""
         quiet_libraries()
         model = load_pretrained(BlipForConditionalGeneration, name, dtype=torch.float32)
@@ -133,12 +133,10 @@ class CaptionPrior:
         """A hash of all tables."""
         return hashlib.sha256(self._json()).digest()
 
-    def encode(self, coder: RangeEncoder, text: str) -> str:
-        """Append a caption to the coder; returns it as it will be read back, normalised."""
-        text = normalise(text)
+    def encode(self, coder: RangeEncoder, text: str) -> None:
+        """Append a caption to the coder, normalised."""
         for symbol, table in self._symbols(text):
             coder.encode_categorical(symbol, table)
-        return text
 
     def decode(self, coder: RangeDecoder) -> str:
         """Read a caption; StreamError if the data are damaged, and it is none that `encode` could have written."""
@@ -155,7 +153,7 @@ class CaptionPrior:
 
     def bits(self, text: str) -> float:
         """What a caption costs in bits, before the coder rounds up to bytes."""
-        return sum(float(np.log2(table.sum() / table[symbol])) for symbol, table in self._symbols(normalise(text)))
+        return sum(float(np.log2(table.sum() / table[symbol])) for symbol, table in self._symbols(text))
 
     def frequencies(self, before: str) -> np.ndarray:
         """Integer frequency of each symbol after the word `before` ("" at the start), all at least 1."""
@@ -167,8 +165,8 @@ class CaptionPrior:
         return table
 
     def _symbols(self, text: str) -> Iterator[tuple[int, np.ndarray]]:
-        """The symbols that say a normalised caption, each with the frequencies that hold in its place."""
-        for before, word in pairwise(["", *text.split(), ""]):
+        """The symbols that say a caption, each with the frequencies that hold in its place."""
+        for before, word in pairwise(["", *normalise(text).split(), ""]):
             symbol = self.index.get(word, self.OTHER)
             yield symbol, self.frequencies(before)
             if symbol == self.OTHER:

@@ -30,7 +30,7 @@ from slimlib.machines import Machine, load_machine
 from slimlib.roi import gradcam, roi_crop
 from slimlib.scales import Scale
 from slimlib.stream import StreamError, StreamHeader, pack, unpack
-from slimlib.utils import pick_device
+from slimlib.utils import Device, pick_device
 
 MAX_STEPS = 100
 """Most denoising steps that a stream may ask for: a few bytes must not keep a decoder busy for hours."""
@@ -66,10 +66,8 @@ class StreamReport:
             repaired if self.t0 and self.steps else "no enhancement",
         ]
         for part, bits in self.bits.items():
-            share = bits / (8 * self.size)
-            size = round(bits / 8, 1) + 0.0  # no "-0.0"
-            bar = "#" * round(30 * max(0.0, share))
-            lines.append(f"  {part:<8} {size:8.1f} bytes {round(share, 3) + 0.0:6.1%} {bar}".rstrip())
+            size, share = round(bits / 8, 1) + 0.0, round(bits / (8 * self.size), 3) + 0.0  # no "-0.0"
+            lines.append(f"  {part:<8} {size:8.1f} bytes {share:6.1%} {'#' * round(30 * share)}".rstrip())
         return "\n".join(lines)
 
 
@@ -98,16 +96,11 @@ class SlimCodec:
         captioner: Captioner | None = None,
         machine: Machine | None = None,
         exact: bool = True,
-        max_pixels: int = MAX_PIXELS,
     ):
         """Put a codec together from loaded parts; `from_pretrained` is the usual way.
 
-        Args:
-            ldm, compressor: made for each other; checked as far as their shapes go.
-            prior: needed for any caption.
-            captioner, machine: needed for caption="auto" only: one speaks, the other says where to look.
-            exact: see above.
-            max_pixels: refuse larger pictures.
+        A prior is needed for any caption, captioner and machine for caption="auto" only: one speaks, the other says
+        where to look. ValueError if diffusion model and compressor are not made for each other, as their shapes tell.
         """
         config = compressor.config
         if config.latent_channels != ldm.latent_channels or config.factor != ldm.factor:
@@ -116,25 +109,25 @@ class SlimCodec:
                 f"{config.factor}; this model has {ldm.latent_channels} and {ldm.factor}"
             )
         self.ldm, self.compressor, self.prior = ldm, compressor, prior
-        self.exact, self.max_pixels = exact, max_pixels
-        self._captioner, self._machine = captioner, machine
+        self.exact, self.max_pixels = exact, MAX_PIXELS  # larger pictures are refused
         self._scale: Scale | None = None
+        if captioner is not None:
+            self.captioner = captioner
+        if machine is not None:
+            self.machine = machine
 
     @classmethod
     def from_pretrained(
         cls,
         name: str | Path | Scale = "pocket",
-        device: str | torch.device | None = None,
+        device: Device = None,
         exact: bool = True,
-        max_pixels: int = MAX_PIXELS,
         dtype: torch.dtype = torch.float32,
     ) -> SlimCodec:
         """Load a codec; captioner and machine follow when they are first needed.
 
         Args:
             name: "pocket", "paper", a folder laid out like assets/pocket, or a `Scale`.
-            device: the best one at hand if None.
-            exact, max_pixels: see the class.
             dtype: precision in which the diffusion model computes.
 
         Raises:
@@ -145,30 +138,30 @@ class SlimCodec:
         compressor = LatentCompressor.from_pretrained(scale.compressor, device)
         prior = CaptionPrior.load(Path(scale.compressor) / CAPTION_PRIOR)
         ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
-        codec = cls(ldm, compressor, prior, exact=exact, max_pixels=max_pixels)
+        codec = cls(ldm, compressor, prior, exact=exact)
         codec._scale = scale
         return codec
 
-    @property
+    @functools.cached_property
     def captioner(self) -> Captioner:
         """The captioner, loaded on first use."""
-        if self._captioner is None:
-            self._captioner = Captioner.from_pretrained(self._names("captioner").captioner, device=self.ldm.device)
-        return self._captioner
+        return Captioner.from_pretrained(self._name("captioner"), device=self.ldm.device)
 
-    @property
+    @functools.cached_property
     def machine(self) -> Machine:
         """Machine A, which shows where to look; loaded on first use."""
-        if self._machine is None:
-            self._machine = load_machine(self._names("machine").machine_a, self.ldm.device)
-        return self._machine
+        return load_machine(self._name("machine_a"), self.ldm.device)
+
+    def _name(self, what: str) -> str:
+        if self._scale is None:
+            raise ValueError(f'this codec has no {what}: give it one, type a caption, or use caption=None, not "auto"')
+        return getattr(self._scale, what)
 
     @functools.cached_property
     def fingerprint(self) -> int:
         """16 bits over everything that decoding needs: compressor, caption prior, diffusion model.
 
-        Taken once, for it costs a tenth of encoding: a codec's weights are frozen. After changing them in place
-        (more training, LoRA), put a new SlimCodec together from the same parts.
+        Taken once: a codec's weights are frozen. After changing them in place put a new SlimCodec together.
         """
         parts = self.compressor.fingerprint().to_bytes(2, "big") + self.ldm.fingerprint()
         hashed = hashlib.sha256(parts + (self.prior.fingerprint() if self.prior else b""))
@@ -201,14 +194,24 @@ class SlimCodec:
             ValueError: the picture is damaged, too large or of no known kind; an argument is out of range.
         """
         picture, byte, coder = as_rgb(image, self.max_pixels), quality_byte(quality), RangeEncoder()
-        diffusion = self._unusual(byte / 255, t0, steps)
+        config = self.compressor.config
+        t0 = config.t0(byte / 255) if t0 is None else t0
+        steps = config.steps if steps is None else steps
+        self.ldm.times(t0, steps)  # raises on what the diffusion model cannot do
+        if steps > MAX_STEPS:
+            raise ValueError(f"steps is {steps}; a stream may ask for {MAX_STEPS} at the most")
         with _threads(self.exact), torch.no_grad():
             words = self.look(picture)[1] if caption == "auto" else normalise(caption or "")
             if words:
                 self._prior().encode(coder, words)
-            z = self.ldm.encode(self._pad(to_tensor(picture))).float()
-            self.compressor.compress(z, byte / 255, coder)
-        header = StreamHeader(self.fingerprint, byte, *picture.size, caption=bool(words), seed=seed, **diffusion)
+            x = to_tensor(picture)
+            height, width = self._padded(*x.shape[-2:])
+            # Repeating the last row and column costs fewer bits than black would, and bleeds no colour in.
+            x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
+            self.compressor.compress(self.ldm.encode(x).float(), byte / 255, coder)
+        usual = (t0, steps) == (config.t0(byte / 255), config.steps)  # and so goes without saying
+        asked = {} if usual else {"t0": t0, "steps": steps}
+        header = StreamHeader(self.fingerprint, byte, *picture.size, caption=bool(words), seed=seed, **asked)
         return pack(header, coder.get_bytes())
 
     def decompress(self, stream: bytes, steps: int | None = None) -> Image.Image:
@@ -241,11 +244,13 @@ class SlimCodec:
         """Undo the entropy coding and the compressor only: the latent as it enters the diffusion."""
         header, payload = unpack(stream, self.fingerprint, self.max_pixels)
         config, latest = self.compressor.config, self.ldm.scheduler.config.num_train_timesteps - 1
-        if header.t0 is not None and header.t0 > latest:
-            raise StreamError(f"The stream asks for t0 = {header.t0}; this diffusion model ends at {latest}.")
-        if header.steps is not None and header.steps > MAX_STEPS:
-            raise StreamError(f"The stream asks for {header.steps} denoising steps; {MAX_STEPS} is the limit.")
         coder, quality = RangeDecoder(payload), header.quality / 255
+        t0 = config.t0(quality) if header.t0 is None else header.t0
+        steps = config.steps if header.steps is None else header.steps
+        if t0 > latest:
+            raise StreamError(f"The stream asks for t0 = {t0}; this diffusion model ends at {latest}.")
+        if steps > MAX_STEPS:
+            raise StreamError(f"The stream asks for {steps} denoising steps; {MAX_STEPS} is the limit.")
         caption = self._prior().decode(coder) if header.caption else ""
         bits = {"header": 8.0 * (len(stream) - len(payload)), "caption": coder.bits}
         rows, columns = (side // self.ldm.factor for side in self._padded(header.height, header.width))
@@ -254,19 +259,9 @@ class SlimCodec:
         h_bits, y_bits = coder.spent  # in the order of the stream
         bits |= {"hyper": float(h_bits.sum()), "latent": float(y_bits.sum())}
         bits["rounding"] = 8.0 * len(stream) - sum(bits.values())
-        report = StreamReport(
-            size=len(stream),
-            width=header.width,
-            height=header.height,
-            quality=quality,
-            caption=caption or None,
-            t0=config.t0(quality) if header.t0 is None else header.t0,
-            steps=config.steps if header.steps is None else header.steps,
-            seed=header.seed,
-            bits=bits,
-            bit_map=y_bits.reshape(-1, rows >> config.stages, columns >> config.stages).sum(0),
-        )
-        return Decoded(z_hat, report)
+        bit_map = y_bits.reshape(-1, rows >> config.stages, columns >> config.stages).sum(0)
+        shown = len(stream), header.width, header.height, quality, caption or None, t0, steps, header.seed
+        return Decoded(z_hat, StreamReport(*shown, bits, bit_map))
 
     def enhance(self, decoded: Decoded, steps: int | None = None) -> Iterator[Tensor]:
         """The latent after each denoising step that the stream asks for, or after each of `steps`."""
@@ -275,37 +270,15 @@ class SlimCodec:
         words, batched = [report.caption or ""], not self.exact
         return self.ldm.enhance(decoded.z_hat, words, report.t0, steps, [report.seed], guidance, batched)
 
-    # ---- helpers
-
-    def _unusual(self, quality: float, t0: int | None, steps: int | None) -> dict[str, int]:
-        """What the header has to say about the enhancement: nothing if it is what the compressor's config says."""
-        config = self.compressor.config
-        usual = {"t0": config.t0(quality), "steps": config.steps}
-        asked = {name: usual[name] if value is None else value for name, value in (("t0", t0), ("steps", steps))}
-        self.ldm.times(**asked)  # raises on what the diffusion model cannot do
-        if asked["steps"] > MAX_STEPS:
-            raise ValueError(f"steps is {asked['steps']}; a stream may ask for {MAX_STEPS} at the most")
-        return {} if asked == usual else asked
-
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         """Sides rounded up to what VAE, compressor and UNet can halve."""
         unit = self.ldm.factor * self.compressor.config.multiple
         return -(-height // unit) * unit, -(-width // unit) * unit
 
-    def _pad(self, x: Tensor) -> Tensor:
-        """Repeat the last row and column: it costs fewer bits than black would, and bleeds no colour in."""
-        height, width = self._padded(*x.shape[-2:])
-        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
-
     def _prior(self) -> CaptionPrior:
         if self.prior is None:
             raise ValueError("this codec has no caption prior: give it one, or compress with caption=None")
         return self.prior
-
-    def _names(self, what: str) -> Scale:
-        if self._scale is None:
-            raise ValueError(f'this codec has no {what}: give it one, type a caption, or use caption=None, not "auto"')
-        return self._scale
 
 
 @contextlib.contextmanager

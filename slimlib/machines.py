@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimlib.images import to_tensor
 from slimlib.scales import hub_error
-from slimlib.utils import pick_device
+from slimlib.utils import Device, pick_device
 
 CAM_GRID = 6
 """Cells a side that Grad-CAM needs. The last layer has 7 at 224 px, but 3 at 96 px: on scenes of the pocket machines a
@@ -51,10 +51,10 @@ class Machine(nn.Module):
         return [(self.classes[i], v) for v, i in zip(values.tolist(), indices.tolist(), strict=True)]
 
 
-def load_machine(name: str, device: str | torch.device | None = None) -> Machine:
-    """Load a classifier: a local folder written by timm, or a timm model name (with weights from the hub).
+def load_machine(name: str, device: Device = None) -> Machine:
+    """Load a classifier: a folder written by timm, or a model of timm by its name, "@revision" behind it if pinned.
 
-    A name may be pinned: "resnet50.tv_in1k@revision". Without `label_names` in its config it knows ImageNet's classes.
+    Without `label_names` in its config it knows ImageNet's classes.
 
     Raises:
         OSError: the hub does not give it; says why and what to do.
@@ -71,10 +71,8 @@ def load_machine(name: str, device: str | torch.device | None = None) -> Machine
             f"cannot load the machine {name!r}: {error}. Expected a folder written by timm (config.json and "
             "model.safetensors) or the name of a timm model whose weights can be downloaded."
         ) from error
-    classes = net.pretrained_cfg.get("label_names")
-    if not classes:
-        if net.num_classes != 1000:
-            raise ValueError(f"{name}: {net.num_classes} classes without names: expected label_names in its config")
-        info = ImageNetInfo("imagenet-1k")
-        classes = [info.index_to_description(i).split(",")[0] for i in range(1000)]
+    info = ImageNetInfo("imagenet-1k")
+    classes = net.pretrained_cfg.get("label_names") or [info.index_to_description(i).split(",")[0] for i in range(1000)]
+    if len(classes) != net.num_classes:
+        raise ValueError(f"{name}: {net.num_classes} classes without names: expected label_names in its config")
     return Machine(net, list(classes)).to(pick_device(device))

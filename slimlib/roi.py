@@ -6,20 +6,13 @@ encoder cuts the crop that is captioned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
-from slimlib.images import to_images
 from slimlib.machines import Machine
-from slimlib.scales import load_plain, load_pretrained
-from slimlib.utils import pick_device
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom just outside, as Pillow has it."""
@@ -49,25 +42,6 @@ def gradcam(machine: Machine, x: Tensor, label: int | Tensor | None = None, laye
     return torch.where(peak > 0, cam / peak.clamp_min(torch.finfo(cam.dtype).tiny), 0).clamp(0, 1)
 
 
-class ClipSeg:
-    """What in a picture fits a text: CLIPSeg (arXiv 2112.10003), frozen. Needs no classifier, but words."""
-
-    def __init__(self, name: str | Path, device: torch.device | str | None = None) -> None:
-        """Load from a folder or a hub, such as "CIDAS/clipseg-rd64-refined", by `scales.load_pretrained`."""
-        self.device = pick_device(device)
-        self.processor = load_plain(AutoProcessor, name)
-        model = load_pretrained(CLIPSegForImageSegmentation, name, dtype=torch.float32)
-        self.model = model.eval().requires_grad_(False).to(self.device)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, texts: Sequence[str]) -> Tensor:
-        """Maps (B, 1, H, W) in [0, 1] of pictures (B, 3, H, W) in [0, 1], one text each."""
-        inputs = self.processor(text=list(texts), images=to_images(x), padding=True, return_tensors="pt")
-        grid = inputs["pixel_values"].shape[-2:]  # the answer has the size looked at, and no batch where that is one
-        logits = self.model(**inputs.to(self.device)).logits.reshape(len(x), 1, *grid)
-        return F.interpolate(logits.sigmoid(), x.shape[2:], mode="bilinear", antialias=True)
-
-
 def roi_box(cam: Tensor, share: float = 0.97) -> Box:
     """The box that holds the middle `share` of a map's mass, along each axis by itself.
 
@@ -76,7 +50,6 @@ def roi_box(cam: Tensor, share: float = 0.97) -> Box:
 
     Args:
         cam: map (H, W), (1, H, W) or (1, 1, H, W), not negative.
-        share: how much of the mass is inside, in (0, 1].
 
     Returns:
         The box in the map's own pixels; the whole map if it is empty.

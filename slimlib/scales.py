@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,27 +33,21 @@ class Scale:
 
     @staticmethod
     def from_name(name: str | Path) -> Scale:
-        """A scale by its name ("pocket", "paper"), or a folder laid out like assets/pocket.
-
-        Raises:
-            ValueError: it is neither.
-        """
+        """A scale by its name ("pocket", "paper"), or a folder laid out like assets/pocket; ValueError if neither."""
+        pocket, folder = str(name) == "pocket", {"pocket": ASSETS / "pocket", "paper": RUNS}.get(str(name), Path(name))
         stages = ("compressor_stage2", "compressor")  # the last that there is; stage 1 stays at hand for comparison
+        trained = [str(folder / stage) for stage in stages if (folder / stage).is_dir()]
+        compressor = (trained or [str(folder / "compressor")])[0]
         if str(name) == "paper":
-            trained = [str(RUNS / stage) for stage in stages if (RUNS / stage).is_dir()]
-            return replace(PAPER, compressor=trained[0]) if trained else PAPER
-        pocket = str(name) == "pocket"
-        folder = ASSETS / "pocket" if pocket else Path(name)
-        compressor = next((stage for stage in stages if (folder / stage).is_dir()), stages[-1])
-        if not (folder / compressor).is_dir() and not pocket:
+            return replace(PAPER, compressor=compressor)
+        if not trained and not pocket:
             raise ValueError(
                 f"unknown scale {str(name)!r}: expected 'pocket', 'paper', or a folder that holds "
                 "ldm/, captioner/, machine_a/, machine_b/ and compressor_stage2/ or compressor/"
             )
         half = pocket or any((folder / "ldm").glob("unet/*.fp16.safetensors"))
         parts = {part: str(folder / part) for part in ("ldm", "captioner", "machine_a", "machine_b")}
-        variant = "fp16" if half else None
-        return Scale(folder.name, 128, **parts, compressor=str(folder / compressor), variant=variant)
+        return Scale(folder.name, 128, **parts, compressor=compressor, variant="fp16" if half else None)
 
 
 PAPER = Scale(
@@ -87,12 +82,11 @@ def load_plain(cls: Any, name: str | Path, part: str = "", **options: Any) -> An
         OSError: the hub does not give it; says why and what to do.
     """
     head, revision = split_revision(name)
-    local = Path(head).is_dir()
+    folder, local = Path(head) / part, Path(head).is_dir()
     # Ids of the hub are "name" or "owner/name"; everything else was meant as a folder.
-    if not local and (isinstance(name, Path) or head.startswith((".", "/", "~")) or head.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {head}: expected the files of {getattr(cls, '__name__', cls)}")
-    if local and not (Path(head) / part).is_dir():
-        raise FileNotFoundError(f"{head} has no folder {part}/")
+    meant = local or isinstance(name, Path) or head.startswith((".", "/", "~")) or head.count("/") > 1
+    if meant and not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} with the files of {getattr(cls, '__name__', cls)}")
     where = {"subfolder": part} if part else {}
     load = getattr(cls, "from_pretrained", cls)
     try:
@@ -113,40 +107,35 @@ def load_pretrained(cls: Any, name: str | Path, part: str = "", **options: Any) 
     faults = {"missing": info["missing_keys"], "unexpected": surplus, "of another shape": info["mismatched_keys"]}
     for kind, keys in faults.items():
         if keys:
-            names = ", ".join(sorted(map(str, keys))[:3])
-            where = f"{name}/{part}" if part else name
-            raise ValueError(f"{where}: {len(keys)} weights are {kind} (such as {names}); is this a {cls.__name__}?")
+            some, where = ", ".join(sorted(map(str, keys))[:3]), Path(name, part)
+            raise ValueError(f"{where}: {len(keys)} weights are {kind} (such as {some}); is this a {cls.__name__}?")
     return model
 
 
 def split_revision(name: str | Path) -> tuple[str, str | None]:
     """ "owner/name@revision" to (name, revision); what is a folder, or not pinned, keeps its name and gets None."""
-    text = str(name)
-    if Path(text).is_dir() or "@" not in text:
-        return text, None
-    head, revision = text.rsplit("@", 1)
-    return head, revision
+    head, at, revision = str(name).rpartition("@")
+    return (head, revision) if at and not Path(name).is_dir() else (str(name), None)
 
 
-CAUSES = {
-    ("gated", "403"): "it is gated: open https://huggingface.co/{head}, accept its terms with your account, and log in "
-    "with `hf auth login` (or set HF_TOKEN)",
-    ("offline", "connect", "localentrynotfound", "resolve host", "timed out", "server error"): "there is no connection "
-    "to the hub and no copy in the cache: check the network and HF_HUB_OFFLINE, or name a mirror of the hub in "
-    "HF_ENDPOINT, such as https://hf-mirror.com",
-    ("safetensors",): "it holds no safetensors file under that name, and pickled weights are never loaded here. Leave "
-    "out the revision or the variant; or convert it once where you trust it, with its class's from_pretrained and "
+CAUSES = {  # words in a library's error, and what they mean; the first that fits counts
+    "gated|403": "it is gated: open https://huggingface.co/{head}, accept its terms with your account, and log in with "
+    "`hf auth login` (or set HF_TOKEN)",
+    "offline|connect|localentrynotfound|resolve host|timed out|server error": "there is no connection to the hub and "
+    "no copy in the cache: check the network and HF_HUB_OFFLINE, or name a mirror of the hub in HF_ENDPOINT, such as "
+    "https://hf-mirror.com",
+    "safetensors": "it holds no safetensors file under that name, and pickled weights are never loaded here. Leave out "
+    "the revision or the variant; or convert it once where you trust it, with its class's from_pretrained and "
     "save_pretrained, and name the folder",
-    ("",): "there is nothing of that name or revision that you may see: it was withdrawn, renamed, or is private",
+    "": "there is nothing of that name or revision that you may see: it was withdrawn, renamed, or is private",
 }
-"""Words in a library's error, and what they mean; the first that fits counts."""
 
 
 def hub_error(name: str, error: Exception) -> OSError:
     """Why a model or data set, asked for by `name`, cannot be had from the hub, and what to do about it."""
     said = " ".join(f"{type(one).__name__}: {one}" for one in (error, error.__cause__, error.__context__) if one)
     head = split_revision(name)[0]
-    why = next(why for words, why in CAUSES.items() if any(word in said.lower() for word in words))
+    why = next(why for words, why in CAUSES.items() if re.search(words, said, re.IGNORECASE))
     mirror = MIRRORS.get(head)
     return OSError(
         f"cannot get {name} from the hub: {why.format(head=head)}.{f' A mirror: {mirror}.' if mirror else ''} "

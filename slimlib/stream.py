@@ -148,7 +148,7 @@ def _read_varint(data: bytes, at: int, largest: int) -> tuple[int, int]:
         value |= (data[at] & 127) << shift
         at += 1
         if data[at - 1] < 128:
-            if value > largest:
-                raise StreamError(f"A header field holds {value}; {largest} is the most it may hold.")
-            return value, at
-    raise StreamError("A header field is longer than any number it may hold.")
+            break
+    if data[at - 1] > 127 or value > largest:
+        raise StreamError(f"A header field holds {value} or more; {largest} is the most it may hold.")
+    return value, at

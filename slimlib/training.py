@@ -32,13 +32,12 @@ from torch.nn import functional as F
 
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.ldm import LatentDiffusion, lay_out_for_training
-from slimlib.loop import FitConfig, Losses, fit, training_device
+from slimlib.loop import FitConfig, Losses, fit
 from slimlib.machines import Machine
 from slimlib.roi import roi_weights
-from slimlib.utils import autocast, option, rank_and_world
+from slimlib.utils import Device, autocast, option, pick_device, rank_and_world
 
 KNOT_SPEED = 5  # the knots over quality learn this much faster than the weights
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -66,11 +65,10 @@ class Stage2Config(Stage1Config):
     # it can, a strong task term only finds what this one machine likes (our choice; measured on another machine).
     b: float = option(0.15, "weight of the task term, for a nat of cross-entropy or a relative feature error of 1")
     view: float = option(
-        0.12, "how far the machine's view is moved, turned over and scaled at random, as a share of the side; 0: not"
+        0.12, "largest random shift and scaling of the machine's view, as a share of the side; 0: none"
     )
     task: str = option("ce", "ce: machine A's cross-entropy; features: the error in its features; no label is used")
     drop_caption: float = option(0.1, "share of the items that are shown to the UNet without caption")
-    lora: int = option(0, "rank of the adapters on the UNet's attention that are trained along; 0: none")
     checkpointing: bool = option(False, "compute parts of UNet and VAE decoder twice: less memory, more time")
 
     def __post_init__(self) -> None:
@@ -87,23 +85,23 @@ def train_stage1(
     masks: np.ndarray,
     out: str | Path,
     compressor: LatentCompressor | CompressorConfig | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     **limits: Any,
 ) -> LatentCompressor:
-    """Train a compressor on cached latents; the result is also in `out`, beside checkpoint and log.
+    """Train a compressor on cached latents.
 
     Args:
         latents: (N, C, h, w) float16 or float32, an array or a memory map; scaled to about unit variance.
         masks: (N, h, w) the region m on the latent grid, uint8 0..255 or floats 0..1.
-        out: gets config.json and model.safetensors at the end.
-        compressor: what to start from: a model, an architecture, or the default.
+        out: gets the checkpoint, the log, and at the end config.json and model.safetensors.
+        compressor: what to start from: a model (trained in place), an architecture, or the default.
         device, limits: as for `fit` (resume, progress, max_seconds).
 
     Raises:
         ValueError: latents and masks do not fit each other, or the checkpoint has other settings.
     """
     _must_fit(latents, masks)
-    device = training_device(device)
+    device = pick_device(device)
     torch.manual_seed(config.seed)
     model = compressor if isinstance(compressor, LatentCompressor) else LatentCompressor(compressor)
     model = model.to(device)
@@ -114,9 +112,11 @@ def train_stage1(
             out = networks["compressor"](z, quality)
         return stage1_loss(out, z, m, quality, config, model.config.factor)
 
-    return _trained(
-        config, {"compressor": model}, parameter_groups(model, config.weight_decay), loss_of, out, device, limits
-    )
+    settings, groups = {"compressor": asdict(model.config)}, parameter_groups(model, config.weight_decay)
+    fit(config, {"compressor": model}, loss_of, out, groups=groups, settings=settings, device=device, **limits)
+    if rank_and_world()[0] == 0:
+        model.save_pretrained(out)
+    return model
 
 
 def stage1_loss(out: dict, z: Tensor, m: Tensor, quality: Tensor, config: Stage1Config, factor: int) -> Losses:
@@ -175,15 +175,13 @@ def pick(array: np.ndarray, index: Tensor, device: torch.device) -> Tensor:
 
 def parameter_groups(model: LatentCompressor, weight_decay: float = 1e-4) -> list[dict]:
     """Weights, and the knots over quality (gains, priors): those move on a logarithmic scale, and far."""
-    weights: list[nn.Parameter] = []
-    knots: list[nn.Parameter] = []
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            of_knots = name.startswith(("log_", "gate_depth")) or name.endswith(".values")
-            (knots if of_knots else weights).append(parameter)
+            parts[name.startswith(("log_", "gate_depth")) or name.endswith(".values")].append(parameter)
     return [
-        {"params": weights, "speed": 1.0, "weight_decay": weight_decay},
-        {"params": knots, "speed": KNOT_SPEED, "weight_decay": 0.0},
+        {"params": parts[False], "speed": 1.0, "weight_decay": weight_decay},
+        {"params": parts[True], "speed": KNOT_SPEED, "weight_decay": 0.0},
     ]
 
 
@@ -201,22 +199,20 @@ def train_stage2(
     out: str | Path,
     compressor: LatentCompressor,
     images: np.ndarray | None = None,
-    device: str | torch.device | None = None,
+    device: Device = None,
     **limits: Any,
 ) -> LatentCompressor:
     """Train a compressor of stage 1 on through the frozen UNet, VAE decoder and machine.
 
-    Checkpoints, log and result are those of `train_stage1`. With `config.lora` the UNet's adapters are trained along,
-    stay in `ldm`, and are stored in `out`/unet_lora; they start anew for every call that does not resume.
+    Whatever parameters of `ldm.unet` ask for a gradient (adapters, which somebody has put there) are trained along.
 
     Args:
-        latents, masks: as for `train_stage1`.
+        latents, masks, out, device, limits: as for `train_stage1`.
         labels, captions: (N,) class and words of each picture.
         ldm: the diffusion model; it takes a layout and an attention that train faster, its results stay the same.
         machine: machine A.
         compressor: what to start from; trained in place.
         images: (N, 3, H, W) uint8, the pictures; needed for task "features".
-        out, device, limits: as for `train_stage1`.
 
     Raises:
         ValueError: the arrays do not fit each other, there are no pictures for task "features", or the checkpoint has
@@ -225,17 +221,14 @@ def train_stage2(
     _must_fit(latents, masks, labels, captions)
     if config.task == "features" and (images is None or len(images) != len(latents)):
         raise ValueError('task "features" compares pictures, and there are none for these latents; take task "ce"')
-    device, factor = training_device(device), compressor.config.factor
-    model, machine = compressor.to(device), machine.to(device)
-    ldm = make_trainable(ldm.to(device), config.checkpointing)
-    torch.manual_seed(config.seed)
+    device, unet = pick_device(device), ldm.unet
+    model, machine, ldm = compressor.to(device), machine.to(device), ldm.to(device)
+    lay_out_for_training(unet, ldm.vae, checkpointing=config.checkpointing)
     modules: dict[str, nn.Module] = {"compressor": model}
     groups = parameter_groups(model, config.weight_decay)
-    if config.lora:
-        modules["unet"] = add_lora(ldm, config.lora)
-        adapters = [p for p in ldm.unet.parameters() if p.requires_grad]
+    if adapters := [p for p in unet.parameters() if p.requires_grad]:
+        modules["unet"] = unet
         groups.append({"params": adapters, "speed": 1.0, "weight_decay": 0.0})
-    unet = ldm.unet
 
     def loss_of(networks: dict[str, nn.Module]) -> Losses:
         ldm.unet = networks.get("unet", unet)  # several processes share the adapters' gradients, too
@@ -246,18 +239,20 @@ def train_stage2(
             out = networks["compressor"](z, quality)
         t = start_times(model.config, quality)
         z_tilde, x_hat = decode_once(ldm, out["z_hat"].float(), t, words, noise)
-        x = pick(images, index, device) if config.task == "features" else None  # type: ignore[arg-type]
-        view, x = random_view(config.view, x_hat, x)
-        task = task_loss(machine, view, torch.as_tensor(labels[index.numpy()], device=device), x)
+        originals = [pick(images, index, device)] if config.task == "features" else []  # type: ignore[arg-type]
+        view, *x = random_view(config.view, x_hat, *originals)
+        task = task_loss(machine, view, torch.as_tensor(labels[index.numpy()], device=device), *x)
         diffusion = diffusion_loss(ldm, out["z_hat"], z_tilde, t)
-        return stage2_loss(out, z, m, quality, diffusion, task, config, factor)
+        loss, parts = stage1_loss(out, z, m, quality, config, model.config.factor)
+        # The new terms are divided by sqrt(lambda), too.
+        loss = loss + (rate_weight(quality, config).sqrt() * config.a * diffusion + config.b * task).mean()
+        return loss, {**parts, "diffusion": diffusion.mean(), "task": task.mean()}
 
-    try:
-        _trained(config, modules, groups, loss_of, out, device, limits)
-    finally:
-        ldm.unet = unet
-    if config.lora and rank_and_world()[0] == 0:
-        unet.save_lora_adapter(Path(out) / "unet_lora", adapter_name="slim", weight_name=LORA_FILE)
+    settings = {"compressor": asdict(model.config)}
+    fit(config, modules, loss_of, out, groups=groups, settings=settings, device=device, **limits)
+    ldm.unet = unet
+    if rank_and_world()[0] == 0:
+        model.save_pretrained(out)
     return model
 
 
@@ -297,32 +292,26 @@ def diffusion_loss(ldm: LatentDiffusion, z_hat: Tensor, z_tilde: Tensor, t: Tens
     return ((z_hat - z_tilde.detach()).square() / spread).mean((1, 2, 3))
 
 
-def random_view(most: float, x_hat: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Move, scale and mirror each picture at random, both of a pair alike.
+def random_view(most: float, *pictures: Tensor) -> Sequence[Tensor]:
+    """Move, scale and mirror each picture of a batch at random; of several batches (B, 3, H, W) the pairs alike.
 
     A gradient through one network finds patterns that work for this network and at this place only. What survives a
     shift and another size is more of what other machines see, too (Xie et al., arXiv 1803.06978, on attacks that
     transfer; our choice).
 
     Args:
-        most: largest shift as a share of the side, and largest change of the size.
-        x_hat, x: (B, 3, H, W).
+        most: largest shift as a share of the side, and largest change of the size; 0: the pictures as they are.
     """
     if not most:
-        return x_hat, x
-    n = len(x_hat)
+        return pictures
+    n = len(pictures[0])
     size = 1 + most * (2 * torch.rand(n) - 1)
     mirror = torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
-    shift = 2 * most * (2 * torch.rand(n, 2) - 1)  # the coordinates of a grid run from -1 to 1
     theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = size * mirror, size, shift
-    grid = F.affine_grid(theta.to(x_hat.device), list(x_hat.shape), align_corners=False)
-
-    seen = [
-        None if one is None else F.grid_sample(one, grid, padding_mode="reflection", align_corners=False)
-        for one in (x_hat, x)
-    ]
-    return seen[0], seen[1]  # type: ignore[return-value]
+    theta[:, :, 2] = 2 * most * (2 * torch.rand(n, 2) - 1)  # the shift: coordinates of a grid run from -1 to 1
+    theta[:, 0, 0], theta[:, 1, 1] = size * mirror, size
+    grid = F.affine_grid(theta.to(pictures[0].device), list(pictures[0].shape), align_corners=False)
+    return [F.grid_sample(x, grid, padding_mode="reflection", align_corners=False) for x in pictures]
 
 
 def task_loss(machine: Machine, x_hat: Tensor, labels: Tensor, x: Tensor | None = None) -> Tensor:
@@ -334,41 +323,18 @@ def task_loss(machine: Machine, x_hat: Tensor, labels: Tensor, x: Tensor | None 
             their energy (feature matching, as in TransTIC, arXiv 2306.05085, and Adapt-ICMH, arXiv 2407.09853),
             and no label is used; else the cross-entropy.
     """
+    seen: list[Tensor] = []
     with autocast(x_hat.device, cpu=True):
         if x is None:
             return F.cross_entropy(machine(x_hat).float(), labels, reduction="none")
+        handle = machine.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.float()))
         with torch.no_grad():
-            wanted = spatial_features(machine, x).float()
-        found = spatial_features(machine, x_hat).float()
+            machine(x)
+        machine(x_hat)
+        handle.remove()
+    wanted, found = seen  # (B, channels, rows, columns)
     energy = wanted.square().mean((1, 2, 3)).clamp_min(1e-6)
     return (found - wanted).square().mean((1, 2, 3)) / energy
-
-
-def spatial_features(machine: Machine, x: Tensor) -> Tensor:
-    """What leaves the machine's `cam_layer`: (B, channels, rows, columns)."""
-    seen: dict[str, Tensor] = {}
-    handle = machine.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.update(output=output))
-    try:
-        machine(x)
-    finally:
-        handle.remove()
-    return seen["output"]
-
-
-def stage2_loss(
-    out: dict,
-    z: Tensor,
-    m: Tensor,
-    quality: Tensor,
-    diffusion: Tensor,
-    task: Tensor,
-    config: Stage2Config,
-    factor: int,
-) -> Losses:
-    """The loss of stage 1 and the two new terms, (B,) each, likewise divided by sqrt(lambda); and the parts."""
-    loss, parts = stage1_loss(out, z, m, quality, config, factor)
-    loss = loss + (rate_weight(quality, config).sqrt() * config.a * diffusion + config.b * task).mean()
-    return loss, {**parts, "diffusion": diffusion.mean(), "task": task.mean()}
 
 
 def start_times(config: CompressorConfig, quality: Tensor) -> Tensor:
@@ -376,43 +342,7 @@ def start_times(config: CompressorConfig, quality: Tensor) -> Tensor:
     return torch.tensor([config.t0(q) for q in quality.tolist()], device=quality.device)
 
 
-def make_trainable(ldm: LatentDiffusion, checkpointing: bool = False) -> LatentDiffusion:
-    """Lay the frozen networks out for gradients to pass through them fast, or (checkpointing) with little memory.
-
-    In place; their results stay the same.
-    """
-    lay_out_for_training(ldm.unet)
-    ldm.vae.to(memory_format=torch.channels_last)
-    for network in (ldm.unet, ldm.vae):
-        (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()
-    return ldm
-
-
-def add_lora(ldm: LatentDiffusion, rank: int) -> nn.Module:
-    """Add adapters of a rank to the UNet's attention (LoRA, arXiv 2106.09685): all that is trained of it."""
-    from peft import LoraConfig
-
-    if "slim" in getattr(ldm.unet, "peft_config", {}):
-        ldm.unet.delete_adapters("slim")
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    ldm.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name="slim")
-    return ldm.unet
-
-
 def _must_fit(latents: np.ndarray, masks: np.ndarray, *others: Any) -> None:
-    counts = {len(latents), len(masks), *map(len, others)}
-    if len(counts) > 1 or latents.shape[2:] != masks.shape[1:]:
-        sizes = "".join(f", and {len(other)} more" for other in others)
-        raise ValueError(f"Latents {latents.shape} and masks {masks.shape}{sizes} do not belong together.")
-
-
-def _trained(
-    config: Stage1Config, modules: dict, groups: list[dict], loss_of: Any, out: str | Path, device: Any, limits: dict
-) -> LatentCompressor:
-    """Run the loop and store the compressor."""
-    model = modules["compressor"]
-    settings = {"compressor": asdict(model.config)}
-    fit(config, modules, loss_of, out, groups=groups, settings=settings, device=device, **limits)
-    if rank_and_world()[0] == 0:
-        model.save_pretrained(out)
-    return model
+    shapes = [latents.shape, masks.shape, *((len(other),) for other in others)]
+    if len({shape[0] for shape in shapes}) > 1 or latents.shape[2:] != masks.shape[1:]:
+        raise ValueError(f"Latents, masks and what else was given do not belong together: {shapes}.")

@@ -6,6 +6,7 @@ Both start as a block DCT of the latent; what attention and convolutions learn i
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,20 +22,16 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        channels, down = config.latent_channels, []
-        for stage in range(config.stages):
-            last = stage == config.stages - 1
-            out = config.width if last else config.stem
-            down += [nn.Conv2d(channels, out, 5 if stage == 0 else 3, stride=2, padding=2 if stage == 0 else 1)]
-            down += [] if last else [ResidualBlock(out, out)]
-            channels = out
+        widths = [*[config.stem] * (config.stages - 1), config.width]  # from the finest grid to that of y
+        down: list[nn.Module] = [nn.Conv2d(config.latent_channels, widths[0], 5, stride=2, padding=2)]
+        for channels, out in pairwise(widths):
+            down += [ResidualBlock(channels, channels), nn.Conv2d(channels, out, 3, stride=2, padding=1)]
         self.down = nn.Sequential(*down)
         self.embed = QualityEmbedding()
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
-        self.block = block = 2**config.stages
-        inside = config.latent_channels * block**2
-        self.direct = nn.Conv2d(inside, config.y_channels, 1, bias=False)
-        self.direct.weight.data = _block_dct(config.latent_channels, block, config.y_channels)[..., None, None]
+        self.block = 2**config.stages
+        self.direct = nn.Conv2d(config.latent_channels * self.block**2, config.y_channels, 1, bias=False)
+        self.direct.weight.data = _block_dct(config.latent_channels, self.block, config.y_channels)[..., None, None]
         self.y = nn.Conv2d(config.width, config.y_channels, 1)
         self.y.weight.data *= 0.1
         self.h = nn.Sequential(
@@ -42,7 +39,7 @@ class Encoder(nn.Module):
             nn.GELU(),
             nn.Conv2d(config.width // 2, config.h_channels, 1),
         )
-        self.roi = nn.Sequential(nn.Conv2d(config.width, 4**config.stages, 1), nn.PixelShuffle(2**config.stages))
+        self.roi = nn.Sequential(nn.Conv2d(config.width, self.block**2, 1), nn.PixelShuffle(self.block))
 
     def forward(self, z: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         embedding = self.embed(quality)
@@ -61,12 +58,10 @@ class Decoder(nn.Module):
         self.enter = nn.Conv2d(2 * config.y_channels, config.width, 1)
         self.embed = QualityEmbedding()
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(max(1, config.depth - 1)))
-        channels, up = config.width, []
-        for stage in range(config.stages):
-            out = max(config.stem >> stage, 16)
+        widths, up = [config.width, *(max(config.stem >> stage, 16) for stage in range(config.stages))], []
+        for channels, out in pairwise(widths):
             up += [nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(out, out)]
-            channels = out
-        self.up = nn.Sequential(*up, nn.Conv2d(channels, config.latent_channels, 3, padding=1))
+        self.up = nn.Sequential(*up, nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
         self.up[-1].weight.data *= 0.1
         self.block = 2**config.stages
         self.direct = nn.Conv2d(config.y_channels, config.latent_channels * self.block**2, 1, bias=False)
@@ -106,10 +101,9 @@ class Block(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, h * w, width)
         normed = self.norm1(tokens) * (1 + scale1) + shift1
         seen = normed
-        if rows > ATTENDED or columns > ATTENDED:
+        if max(rows, columns) > ATTENDED:
             grid = normed.transpose(1, 2).unflatten(2, (rows, columns))
-            grid = F.adaptive_avg_pool2d(grid, (min(rows, ATTENDED), min(columns, ATTENDED)))
-            seen = grid.flatten(2).transpose(1, 2)
+            seen = F.adaptive_avg_pool2d(grid, (min(rows, ATTENDED), min(columns, ATTENDED))).flatten(2).transpose(1, 2)
         q, k, v = (
             t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.q(normed), *self.kv(seen).chunk(2, 2))
         )

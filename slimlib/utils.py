@@ -1,21 +1,22 @@
-"""Small things that several modules need: devices, whole files, digests, cards, options."""
+"""Small things that several modules need: options, devices, digests, whole files."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
-import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+Device: TypeAlias = "str | torch.device | None"
+"""A device, its name, or None for the best one at hand."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -23,9 +24,8 @@ def option(default: Any, help: str) -> Any:
 
     A list or dict is copied for every instance.
     """
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+    kept = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
+    return field(**kept, metadata={"help": help})
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -33,13 +33,13 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best one at hand: CUDA (of several processes each its own), Apple's MPS, the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(device: Device = None) -> torch.device:
+    """The device asked for, or the best one at hand: CUDA, Apple's MPS, the CPU; of several processes each its own."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = torch.device(device or best)
+    if found.type == "cuda" and (found.index is None or "LOCAL_RANK" in os.environ):
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+    return found
 
 
 def describe_device(device: torch.device) -> str:
@@ -84,60 +84,15 @@ def write_file(path: str | Path, data: bytes) -> None:
     """Write a file wholly or not at all: a temporary file beside it, flushed, then renamed over it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a result is not
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a fresh folder that replaces `path` when the block ends well, and is deleted when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        fresh = temporary / "new"
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            os.replace(path, temporary / "old")
-        try:
-            os.replace(fresh, path)
-        except BaseException:  # what was there comes back
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(temporary / "old", path)
-            raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:
-    """Write a model card beside the weights: `README.md` for people, and `card.json`, the same, for programs.
-
-    Args:
-        about: what it is and what it is for, one paragraph.
-        training: how it was made: command, seed, steps, device, seconds, data.
-        figures: what was measured on it, with the number of test scenes.
-        source: licences and origins of data and of starting weights.
-    """
-    tables = [
-        "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()) for rows in (training, figures)
-    ]
-    text = f"# {title}\n\n{about}\n\n## How it was made\n\n{tables[0]}\n\n## What was measured\n\n{tables[1]}\n\n"
-    write_file(Path(folder) / "README.md", f"{text}## Sources and licences\n\n{source}\n".encode())
-    card = {"title": title, "about": about, "training": training, "figures": figures, "source": source}
-    write_file(Path(folder) / "card.json", (json.dumps(card, indent=1) + "\n").encode())
+        temporary.unlink(missing_ok=True)
 
 
 def quiet_libraries() -> None:
@@ -148,7 +103,3 @@ def quiet_libraries() -> None:
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-
-
-# Names of before the redesign, until everybody has moved.
-atomic_write, atomic_folder = write_file, write_folder

@@ -52,6 +52,9 @@ from slimlib.scales import Scale
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "assets/pocket"))
+import train as pocket  # noqa: E402 (a script beside the models)
+
 RECORD, POCKET = HERE / "golden.json", HERE.parent / "assets" / "pocket"
 SCENES, QUALITIES = 64, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 FEW, FEW_QUALITIES = 8, (0.2, 0.8)  # what --quick takes
@@ -83,12 +86,16 @@ def train(stage: int, settings: dict, out: Path, one_step: bool = False) -> None
         one = Stage1Config(**{"steps": 20, "batch": 4, "warmup": 2, **settings})
         train_stage1(one, z, masks, out, config, **options)
     else:
-        two = Stage2Config(**{"steps": 3, "batch": 2, "warmup": 1, "lambda_max": 1.0, **settings})
         captions = [f"a {'red fox' if i % 2 else 'banana'}" for i in labels]
-        ldm = LatentDiffusion.from_pretrained(POCKET / "ldm", "fp16", "cpu")
+        ldm, rank = LatentDiffusion.from_pretrained(POCKET / "ldm", "fp16", "cpu"), settings.pop("lora", 0)
+        if rank:
+            pocket.add_lora(ldm, pocket.LoraConfig(lora=rank))
+        two = Stage2Config(**{"steps": 3, "batch": 2, "warmup": 1, "lambda_max": 1.0, **settings})
         torch.manual_seed(7)
         data = z, masks, labels, captions, ldm, machine("machine_a")
         train_stage2(two, *data, out, LatentCompressor(config), images, **options)
+        if rank:
+            ldm.unet.save_lora_adapter(out / "unet_lora", adapter_name="slim")
 
 
 def evaluation_rows(count: int) -> list[dict]:
@@ -182,10 +189,10 @@ def record_training(quick: bool) -> dict:
         for stage, settings in runs:
             name = ", ".join([f"stage {stage}", *(f"{key} {value}" for key, value in settings.items())])
             say(f"training: {name}")
-            train(stage, settings, folder / name)
+            train(stage, dict(settings), folder / name)
             for half in (True,) * (10 if stage == 1 else 1) + (False,):  # stopped after each of the first steps
                 torch.manual_seed(123)  # what happens in between must not matter
-                train(stage, settings, folder / f"{name}, stopped", one_step=half)
+                train(stage, dict(settings), folder / f"{name}, stopped", one_step=half)
         if not quick:
             say("training: two processes")
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]

@@ -26,7 +26,7 @@ from slimlib.data.scenes import PocketScenes
 from slimlib.entropy import RangeEncoder
 from slimlib.images import as_rgb, to_images, to_tensor
 from slimlib.roi import gradcam, roi_crop
-from slimlib.scales import ASSETS, Scale
+from slimlib.scales import Scale
 from slimlib.stream import StreamError, pack, unpack
 
 
@@ -38,9 +38,6 @@ def codec(tiny_codec_world: Path) -> SlimCodec:
 def other(codec: SlimCodec, **changed: Any) -> SlimCodec:
     """A codec of the same parts but for some."""
     return SlimCodec(**{"ldm": codec.ldm, "compressor": codec.compressor, "prior": codec.prior, **changed})
-
-
-# ---- round trips
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (33, 31), (64, 65), (200, 40), (128, 128)])
@@ -80,9 +77,7 @@ def test_another_process_with_other_threads_decodes_the_same_pixels(
 ) -> None:
     stream = codec.compress(picture(90, 130), 0.6, seed=11)
     (tmp_path / "stream").write_bytes(stream)
-    # on a busy machine, threads that spin while they wait take minutes
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", SCRIPT, str(tiny_codec_world), str(tmp_path / "stream")]
     there = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=True).stdout
     pixels = codec.decompress(stream)
@@ -91,18 +86,14 @@ def test_another_process_with_other_threads_decodes_the_same_pixels(
 
 def test_without_exactness_a_pixel_may_differ_by_one(codec: SlimCodec) -> None:
     passes: list[tuple[int, int]] = []
-    handle = codec.ldm.unet.register_forward_hook(
-        lambda _module, inputs, _output: passes.append((len(inputs[0]), torch.get_num_threads()))
-    )
+    watch = lambda _module, inputs, _output: passes.append((len(inputs[0]), torch.get_num_threads()))  # noqa: E731
+    handle = codec.ldm.unet.register_forward_hook(watch)
     stream = codec.compress(picture(), 0.2, "a bus", t0=100, steps=1)
     torch.set_num_threads(2)
     fast, exact = (np.asarray(one.decompress(stream), int) for one in (other(codec, exact=False), codec))
     handle.remove(), torch.set_num_threads(1)
     assert passes == [(2, 2), (1, 1), (1, 1)], "guidance in one pass on all threads; in two on one"
     assert np.abs(fast - exact).max() <= 1
-
-
-# ---- what a stream carries
 
 
 def test_report_adds_up_and_defaults_cost_no_bytes(codec: SlimCodec) -> None:
@@ -115,15 +106,8 @@ def test_report_adds_up_and_defaults_cost_no_bytes(codec: SlimCodec) -> None:
     assert report.bit_map.sum() == pytest.approx(report.bits["latent"]) and report.bit_map.shape == (4, 6)
     assert (report.caption, report.steps, report.seed, report.t0) == ("a lion", 2, 9, 300)
     assert (report.width, report.height, report.bpp) == (70, 50, 8 * len(stream) / (70 * 50))
-    for words in (
-        "a lion",
-        "70 x 50",
-        "t0 = 300 in 2 steps, seed 9",
-        "latent",
-        f"{len(stream)} bytes",
-        f"{report.bpp:.4f}",
-    ):
-        assert words in str(report)
+    said = ("a lion", "70 x 50", "t0 = 300 in 2 steps, seed 9", "latent", f"{len(stream)} bytes", f"{report.bpp:.4f}")
+    assert all(words in str(report) for words in said)
     assert "no enhancement" in str(codec.inspect(codec.compress(image, caption=None, steps=0)))
     plain = codec.compress(picture(128, 128), 0.5, caption=None)
     report = codec.inspect(plain)
@@ -161,9 +145,6 @@ def test_captions(codec: SlimCodec) -> None:
 def test_arguments_out_of_range(codec: SlimCodec, wrong: dict) -> None:
     with pytest.raises(ValueError):
         codec.compress(picture(), **{"caption": None} | wrong)
-
-
-# ---- pictures of every kind
 
 
 def encoded(image: Image.Image, kind: str, **settings: Any) -> Image.Image:
@@ -208,7 +189,7 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     for image, error, reason in (
         *((tmp_path / name, ValueError, "picture") for name in ("cut", "text", "empty")),
-        (tmp_path / "none.png", FileNotFoundError, "there is no file"),
+        (tmp_path / "none.png", FileNotFoundError, "No such file"),
         (Image.new("1", (2000, 2000)), ValueError, "limit"),
         (Image.fromarray(np.zeros((4, 4), np.float32)), ValueError, "floating-point"),
         (Image.fromarray(np.full((4, 4), 70000, np.int32)), ValueError, "65535"),
@@ -216,9 +197,6 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=reason):
             as_rgb(image)
-
-
-# ---- damage
 
 
 def test_damaged_streams(codec: SlimCodec) -> None:
@@ -246,7 +224,8 @@ def test_forged_streams_never_crash(codec: SlimCodec) -> None:
     ):
         with pytest.raises(StreamError, match=reason):
             codec.decompress(pack(replace(header, **forged), payload))
-    small = other(codec, max_pixels=64 * 64)
+    small = other(codec)
+    small.max_pixels = 64 * 64
     with pytest.raises(ValueError, match="limit"):
         small.compress(picture(65, 64))
     with pytest.raises(StreamError, match="65 x 64"):
@@ -267,17 +246,11 @@ def test_other_weights_are_noticed(codec: SlimCodec, tiny_codec_world: Path) -> 
         other(codec, compressor=compressor).decompress(codec.compress(picture(), caption=None))
 
 
-# ---- loading
-
-
 def test_only_what_is_needed_is_loaded(codec: SlimCodec, tiny_codec_world: Path, tmp_path: Path) -> None:
     scale = replace(Scale.from_name(tiny_codec_world), captioner="/nowhere/captioner", machine_a="/nowhere/machine")
     lean, bare = SlimCodec.from_pretrained(scale, "cpu"), SlimCodec(codec.ldm, codec.compressor)
-    for one, works, fails, reason in (
-        (lean, "a lion", "auto", "nowhere"),
-        (bare, None, "auto", "machine"),
-        (bare, "", "a lion", "prior"),
-    ):
+    cases = (lean, "a lion", "auto", "nowhere"), (bare, None, "auto", "machine"), (bare, "", "a lion", "prior")
+    for one, works, fails, reason in cases:
         assert one.decompress(one.compress(picture(), caption=works)).size == (64, 64)
         with pytest.raises((ValueError, FileNotFoundError), match=reason):
             one.compress(picture(), caption=fails)
@@ -290,17 +263,9 @@ def test_only_what_is_needed_is_loaded(codec: SlimCodec, tiny_codec_world: Path,
         SlimCodec.from_pretrained(tmp_path)
 
 
-# ---- the shipped weights
+def test_pocket_qualities() -> None:
+    pocket = SlimCodec.from_pretrained("pocket", device="cpu")
 
-
-@pytest.fixture(scope="module")
-def pocket() -> SlimCodec:
-    if not all((ASSETS / "pocket" / part).is_dir() for part in ("ldm", "captioner", "machine_a", "compressor")):
-        pytest.skip("assets/pocket is not complete")
-    return SlimCodec.from_pretrained("pocket", device="cpu")
-
-
-def test_pocket_qualities(pocket: SlimCodec) -> None:
     def psnr(stream: bytes, image: Image.Image) -> float:
         error = np.asarray(pocket.decompress(stream), float) - np.asarray(image, float)
         return -10 * float(np.log10(((error / 255) ** 2).mean()))
@@ -314,24 +279,3 @@ def test_pocket_qualities(pocket: SlimCodec) -> None:
     assert all(report.bits["header"] <= 64 and abs(report.bits["rounding"]) < 16 for report in reports)
     image = PocketScenes("test", size=200)[3].image.crop((0, 10, 190, 143))
     assert psnr(pocket.compress(image, 1.0), image) > 20
-
-
-@torch.no_grad()
-def test_pocket_files_are_as_long_as_the_model_says(pocket: SlimCodec) -> None:
-    for index, quality in ((5, 0.3), (6, 1.0)):
-        image = PocketScenes("test")[index].image
-        stream = pocket.compress(image, quality, caption=None)
-        out = pocket.compressor(pocket.ldm.encode(to_tensor(image)), pocket.inspect(stream).quality)
-        estimate = -sum(float(likelihood.double().log2().sum()) for likelihood in out["likelihoods"].values()) / 8
-        assert abs(len(stream) - pocket.inspect(stream).bits["header"] / 8 - estimate) <= 0.02 * estimate + 3
-
-
-def test_pocket_pixels_do_not_depend_on_threads(pocket: SlimCodec) -> None:
-    results, before = set(), torch.get_num_threads()
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        stream = pocket.compress(PocketScenes("test")[7].image, 0.4)
-        results.add((stream, pocket.decompress(stream).tobytes()))
-        assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
-    assert len(results) == 1

@@ -55,9 +55,6 @@ def coded(model: LatentCompressor, z: Tensor, quality: float) -> bytes:
     return coder.get_bytes()
 
 
-# ---- the network
-
-
 def at(knots: Tensor, byte: int) -> Tensor:
     """What stands at a quality byte: (channels, 1, 1)."""
     return torch.from_numpy(interp1d(range(0, 256, 51), knots.detach().numpy(), axis=0)(byte))[:, None, None]
@@ -168,9 +165,6 @@ def test_training_sees_noise_and_passes_gradients() -> None:
         assert model(z, 0.4)["y_symbols"].abs().mean() < before / 2
 
 
-# ---- real bytes
-
-
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (16, 40)])
 @pytest.mark.parametrize(("quality", "wild"), [(0, 1), (0.3, 1), (1, 1), (1, 1e4)])
 def test_round_trip_and_coded_length(model: LatentCompressor, size: tuple, quality: float, wild: float) -> None:
@@ -219,16 +213,9 @@ def test_refusals(model: LatentCompressor) -> None:
     ]:
         with pytest.raises(ValueError, match=reason):
             coded(model, z, quality)
-        with pytest.raises(ValueError, match=reason) if "finite" not in reason else torch.no_grad():
-            model(z, quality)
-    with pytest.raises(ValueError, match="no multiple"):
-        model.decompress(RangeDecoder(b""), (8, 9), 0.5)
     with pytest.raises(RuntimeError, match="update"):
         coded(LatentCompressor(TINY), latent(8, 8), 0.5)
     assert [quality_byte(q) for q in (0, 0.499, 1)] == [0, 127, 255]
-
-
-# ---- configuration and files
 
 
 def test_config() -> None:
@@ -259,6 +246,9 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model.safetensors")
     assert {str(t.dtype) for n, t in stored.items() if n.startswith("net.")} == {"torch.int16", "torch.int32"}
     assert {t.dtype for n, t in stored.items() if not n.startswith(("net.", "table"))} == {torch.float16}
+    other.net.last.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        other.save_pretrained(tmp_path)
 
 
 def test_fingerprint_sees_what_decoding_depends_on() -> None:

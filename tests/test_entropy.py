@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -74,7 +76,6 @@ def test_network_equals_integer_arithmetic(spread: float, reach: int) -> None:
     """In all its parts, at any quality, up to the largest weights: so threads, batches and devices cannot matter."""
     net, h_hat = make_net(1, spread), torch.randint(-reach, reach, (16, 4, 6, 5))
     assert (int(net.integer_state()["up.weight"].abs().max()) == LARGEST["weight"]) == (spread > 4)
-    net.check()
     for quality in (0, 77, 255):
         expected = by_integers(net, quality, h_hat.numpy())
         assert spread > 4 or all(len(np.unique(values)) > 10 for values in expected[:3])  # not trivially equal
@@ -106,20 +107,6 @@ def test_straight_through() -> None:
         floor = floor_ste(values)
         floor.sum().backward()
         assert torch.equal(floor, values.floor()) and values.grad is not None and bool((values.grad == 1).all())
-
-
-def test_integer_state_round_trip() -> None:
-    net, other = make_net(1), make_net(2)
-    state = net.integer_state()
-    other.load_integer_state(state)
-    for name, values in other.integer_state().items():
-        assert torch.equal(values, state[name])
-        assert values.dtype == (torch.int16 if name.endswith("weight") else torch.int32), "as in the files"
-    with pytest.raises(RuntimeError, match=r"up\.bias"):
-        other.load_integer_state({name: values for name, values in state.items() if name != "up.bias"})
-    net.last.weight.data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"2\*\*53"):
-        net.check()
 
 
 def test_tables_add_up_and_match_the_distribution() -> None:
@@ -196,11 +183,9 @@ def test_random_bytes_end(table: FrequencyTable) -> None:
     rows = rng.integers(0, 64, 2000)
     for _ in range(60):
         decoder = RangeDecoder(rng.bytes(int(rng.integers(0, 300))))
-        try:
+        with contextlib.suppress(StreamError):
             assert decoder.decode_table(rows, table).shape == (2000,)
             assert all(0 <= decoder.decode_categorical([3, 1, 4]) < 3 for _ in range(100))
-        except StreamError:
-            pass
     for data, reason in ((b"\xff" * 400, "encoder"), (b"\xff\xff\xfe" * 20, "too long")):
         with pytest.raises(StreamError, match=reason):
             RangeDecoder(data).decode_table(np.array([0]), FrequencyTable(np.array([[1, 1, 1, TOTAL - 3]])))
@@ -214,3 +199,6 @@ def test_bytes_are_the_same_everywhere() -> None:
     frequencies = FrequencyTable(quantize_pmf(np.array(counts)))
     encoder.encode_table(np.array([0, 1, -3, 70, -9]), np.array([3, 2, 1, 0, 1]), frequencies)
     assert encoder.get_bytes().hex() == "9f19f076"
+    encoder = RangeEncoder()
+    encoder.encode_categorical(128, [1] * 256)
+    assert encoder.get_bytes() == b"\x80"

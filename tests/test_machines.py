@@ -25,9 +25,8 @@ def test_a_machine_sees_what_timm_shows_it(tiny_world: Path) -> None:
     small = torch.nn.functional.interpolate(large, (64, 64), mode="bilinear", antialias=True)
     torch.testing.assert_close(machine(large), machine(small))
     shares = machine(to_tensor(image)).softmax(-1)[0]
-    assert [name for name, _ in machine.top5(image)] == [
-        machine.classes[i] for i in shares.argsort(descending=True)[:5]
-    ]
+    best = [machine.classes[i] for i in shares.argsort(descending=True)[:5]]
+    assert [name for name, _ in machine.top5(image)] == best
     assert machine.top5(to_tensor(image))[0][1] == pytest.approx(float(shares.max()))
 
 

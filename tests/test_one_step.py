@@ -5,59 +5,46 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import one_step
 import pandas as pd
 import pytest
 import torch
-from one_step import OneStepConfig, Walks
+from one_step import LORA_FILE, OneStepConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_codec import make_world
 
 from slimlib.compressor import LatentCompressor
 from slimlib.data.scenes import PocketScenes
 from slimlib.images import to_tensor
 from slimlib.ldm import CLEAN, LatentDiffusion, last
 from slimlib.scales import ASSETS
-from slimlib.training import LORA_FILE
 
 CONFIG = OneStepConfig(steps=4, batch=2, teacher_steps=3, t_low=20, t_high=300, rank=2, log_every=1)
 
 
 @pytest.fixture(scope="module")
-def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tiny_world, tmp_path_factory.mktemp("one_step") / "world")
-
-
-@pytest.fixture(scope="module")
-def ldm(world: Path) -> LatentDiffusion:
-    return LatentDiffusion.from_pretrained(world / "ldm", "fp16", "cpu")
-
-
-@pytest.fixture(scope="module")
-def compressor(world: Path) -> LatentCompressor:
-    return LatentCompressor.from_pretrained(world / "compressor", "cpu")
-
-
-@pytest.fixture(scope="module")
-def latents(ldm: LatentDiffusion) -> torch.Tensor:
+def world(tiny_codec_world: Path) -> SimpleNamespace:
+    """The tiny diffusion model and compressor, latents of ten scenes, and a walk from each."""
+    ldm = LatentDiffusion.from_pretrained(tiny_codec_world / "ldm", "fp16", "cpu")
+    compressor = LatentCompressor.from_pretrained(tiny_codec_world / "compressor", "cpu")
     with torch.no_grad():
-        return ldm.encode(to_tensor([PocketScenes("train", 64)[i].image for i in range(10)]))
+        latents = ldm.encode(to_tensor([PocketScenes("train", 64)[i].image for i in range(10)]))
+    walks = one_step.make_walks(ldm, compressor, latents, ["a red fox"] * len(latents), CONFIG)
+    return SimpleNamespace(ldm=ldm, compressor=compressor, latents=latents, walks=walks)
 
 
-@pytest.fixture(scope="module")
-def walks(ldm: LatentDiffusion, compressor: LatentCompressor, latents: torch.Tensor) -> Walks:
-    return one_step.make_walks(ldm, compressor, latents, ["a red fox"] * len(latents), CONFIG)
+@pytest.fixture
+def ldm(world: SimpleNamespace) -> LatentDiffusion:
+    return world.ldm
 
 
-def test_a_walk_ends_where_the_guided_decoder_ends(
-    ldm: LatentDiffusion, compressor: LatentCompressor, walks: Walks
-) -> None:
+def test_a_walk_ends_where_the_guided_decoder_ends(world: SimpleNamespace) -> None:
+    ldm, walks, guidance = world.ldm, world.walks, world.compressor.config.guidance
     assert walks.points.shape == (10, 4, 4, 16, 16) and walks.points.dtype == torch.float16
     assert (walks.times.diff(dim=1) < 0).all() and (walks.times[:, -1] == CLEAN).all()
     assert ((walks.times[:, 0] >= CONFIG.t_low) & (walks.times[:, 0] <= CONFIG.t_high)).all()
-    guidance = compressor.config.guidance
     assert guidance > 1
     for i in (0, 9):  # of two batches
         z, text = walks.points[i : i + 1, 0].float(), ldm.text(walks.captions[i : i + 1])
@@ -67,20 +54,18 @@ def test_a_walk_ends_where_the_guided_decoder_ends(
             torch.testing.assert_close(walks.points[i : i + 1, k + 1].float(), z, atol=2e-2, rtol=2e-2)
 
 
-def test_walks_start_at_noisy_decompressed_latents(
-    ldm: LatentDiffusion, compressor: LatentCompressor, latents: torch.Tensor
-) -> None:
+def test_walks_start_at_noisy_decompressed_latents(world: SimpleNamespace) -> None:
     """Of all qualities, some without caption; and the same every time."""
-    calm = replace(CONFIG, t_low=3, t_high=3, drop_caption=0.5)
-    made = one_step.make_walks(ldm, compressor, latents, [f"a bus {i}" for i in range(10)], calm)
+    latents, calm = world.latents, replace(CONFIG, t_low=3, t_high=3, drop_caption=0.5)
+    given = world.ldm, world.compressor, latents, [f"a bus {i}" for i in range(10)], calm
+    made, again = one_step.make_walks(*given), one_step.make_walks(*given)
     assert 0 < sum(words == "" for words in made.captions) < 10
     assert all(words in ("", f"a bus {i}") for i, words in enumerate(made.captions))
     with torch.no_grad():
-        ends = [compressor(latents, quality)["z_hat"] for quality in (0.0, 1.0)]
+        ends = [world.compressor(latents, quality)["z_hat"] for quality in (0.0, 1.0)]
     start, low, high = made.points[:, 0].float(), *ends
     near = [float((start - z).square().mean()) for z in (low, high, latents)]
     assert max(near[:2]) < float(latents.square().mean()) and min(near[:2]) < near[2]
-    again = one_step.make_walks(ldm, compressor, latents, [f"a bus {i}" for i in range(10)], calm)
     assert torch.equal(again.points, made.points) and again.captions == made.captions
 
 
@@ -103,22 +88,20 @@ def test_the_loss_is_that_of_the_end(ldm: LatentDiffusion) -> None:
     assert one_step.distillation_loss(ldm, z_t, t, text, off) == pytest.approx(1, rel=1e-3)
 
 
-def test_training_learns_and_goes_on_where_it_was(ldm: LatentDiffusion, walks: Walks, tmp_path: Path) -> None:
+def test_training_learns_and_goes_on_where_it_was(world: SimpleNamespace, tmp_path: Path) -> None:
     config = replace(CONFIG, steps=20, batch=4, lr=1e-2)
-    students = [one_step.student_of(ldm, config.rank) for _ in range(2)]
-    one_step.train(students[0], walks, config, tmp_path, progress=False)
+    students = [one_step.student_of(world.ldm, config.rank) for _ in range(2)]
+    one_step.train(students[0], world.walks, config, tmp_path, progress=False)
     losses = pd.read_csv(tmp_path / "log.csv").loss
     assert len(losses) == 20 and losses[-6:].mean() < 0.9 * losses[:6].mean()
-    one_step.train(students[1], walks, config, tmp_path, progress=False)  # finds nothing left to do
+    one_step.train(students[1], world.walks, config, tmp_path, progress=False)  # finds nothing left to do
     for ours, theirs in zip(*(student.unet.parameters() for student in students), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_early_points_are_likelier(
-    ldm: LatentDiffusion, walks: Walks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_early_points_are_likelier(world: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no end of a walk is one: it is what the others are to reach."""
-    student, seen = one_step.student_of(ldm, 2), []
+    student, walks, seen = one_step.student_of(world.ldm, 2), world.walks, []
 
     def loss(_: LatentDiffusion, z_t: torch.Tensor, t: torch.Tensor, *_rest: torch.Tensor) -> torch.Tensor:
         seen.extend(t.tolist())

@@ -195,7 +195,6 @@ def test_errors_are_one_line(command: Command, monkeypatch: pytest.MonkeyPatch, 
         error = capsys.readouterr().err
         assert error.startswith("train.py: ") and said in error and error.count("\n") == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train, "training_device", torch.device)
     assert command("vae") == 1 and "one process" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         command("nonsense")

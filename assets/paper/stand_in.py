@@ -24,10 +24,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
 from slimlib.caption import CAPTION_PRIOR, CaptionPrior
+from slimlib.data.train import write_card
 from slimlib.measure.costs import build, published
 from slimlib.scales import Scale
 from slimlib.training import Stage1Config
-from slimlib.utils import quiet_libraries, write_card, write_file
+from slimlib.utils import quiet_libraries, write_file
 
 LETTERS = string.ascii_lowercase
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_FILE
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,7 +33,6 @@ from torch import Tensor, nn
 from slimlib.compressor import LatentCompressor
 from slimlib.ldm import CLEAN, LatentDiffusion, last, lay_out_for_training
 from slimlib.loop import FitConfig, Losses, fit
-from slimlib.training import LORA_FILE
 from slimlib.utils import autocast, digest, option
 
 FOLDER = Path(__file__).resolve().parent / "one_step"

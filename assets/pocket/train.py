@@ -36,6 +36,7 @@ import cards
 import numpy as np
 import one_step
 import pandas as pd
+import peft
 import scipy.fft
 import timm
 import torch
@@ -50,8 +51,9 @@ from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache, fill
 from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, PocketScenes
+from slimlib.data.train import write_card, write_folder
 from slimlib.ldm import LatentDiffusion, lay_out_for_training
-from slimlib.loop import FitConfig, Losses, fit, training_device
+from slimlib.loop import FitConfig, Losses, fit
 from slimlib.machines import Machine, load_machine
 from slimlib.measure.baselines import PATCH, PixelCodec, from_patches, to_patches
 from slimlib.roi import gradcam, roi_box
@@ -103,7 +105,7 @@ class Run:
     def __init__(self, name: str, options: Options, given: dict[str, Any], command: str = "") -> None:
         self.name, self.recipe, self.options, self.given, self.command = name, MODELS[name], options, given, command
         self.config: Any = replace(self.recipe.config, **given)
-        self.device = training_device(options.device)
+        self.device = utils.pick_device(options.device)
         self.out, self.folder = options.out, options.out / (self.recipe.folder or name)
         self.work, self.cached = options.work / "pocket" / name, options.work / "cache"
         self.limits: Any = {"resume": options.resume, "progress": not options.quiet, "device": self.device}
@@ -149,7 +151,7 @@ class Run:
             return
         if log.step.iloc[-1] < self.config.steps:
             return print(f"{self.name}: not at step {self.config.steps} yet; the same command with --resume goes on")
-        with utils.write_folder(self.folder) as folder:
+        with write_folder(self.folder) as folder:
             save(folder)
             for file in folder.rglob("*.json"):  # diffusers notes where a model was loaded from: of no use to anyone
                 config = json.loads(file.read_text())
@@ -160,7 +162,7 @@ class Run:
         made |= {k: v for k, v in asdict(self.config).items() if not k.endswith("_every")} | facts
         made |= {"processes": world, "device": utils.describe_device(self.device)}
         made |= {"seconds": round(log.seconds.iloc[-1]), "data": f"{self.options.pool} training scenes at 128 px"}
-        utils.write_card(self.folder, f"Pocket {self.name}", self.recipe.about, made, figures, self.recipe.source)
+        write_card(self.folder, f"Pocket {self.name}", self.recipe.about, made, figures, self.recipe.source)
         print(self.name, json.dumps(figures, indent=1))
 
 
@@ -343,7 +345,8 @@ def train_ldm(run: Run) -> None:
     """
     ldm = run.ldm()
     cache = run.scenes("train", ldm)
-    ldm.unet, ldm.text_encoder = lay_out_for_training(run.fresh(ldm.unet)), run.fresh(ldm.text_encoder)
+    ldm.unet, ldm.text_encoder = run.fresh(ldm.unet), run.fresh(ldm.text_encoder)
+    lay_out_for_training(ldm.unet)
     modules = {"unet": ldm.unet, "text_encoder": ldm.text_encoder}
 
     def loss_of(rng: np.random.Generator) -> Losses:
@@ -465,6 +468,8 @@ def train_compressor(run: Run) -> None:
         known = json.loads((start / "card.json").read_text())["training"]
         same = {name: known[name] for name in ("w_bg", "lambda_min", "lambda_max") if name in known}
         run.config = replace(run.config, **same | run.given)
+        if isinstance(run.config, LoraConfig):
+            add_lora(ldm, run.config)
         data = cache.latents, cache.masks, cache.labels, cache.captions, ldm, run.machines["machine_a"]
         training.train_stage2(run.config, *data, run.work, model, cache.images, **run.limits)
     else:
@@ -473,11 +478,26 @@ def train_compressor(run: Run) -> None:
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         CaptionPrior.fit(likely_captions()).save(folder / CAPTION_PRIOR)
-        if two and run.config.lora:
-            shutil.copytree(run.work / "unet_lora", folder / "unet_lora")
+        if isinstance(run.config, LoraConfig):
+            ldm.unet.save_lora_adapter(folder / "unet_lora", adapter_name="slim")
 
     start = start.name if two or run.options.warm else "random weights"
     run.publish(save, lambda: cards.measure_slim(run.folder, run.machines, run.options.test), start=start)
+
+
+@dataclass
+class LoraConfig(Stage2Config):
+    """Stage 2 with adapters on the UNet's attention (LoRA, arXiv 2106.09685): all that is trained of it."""
+
+    lora: int = option(4, "rank of the adapters")
+
+
+def add_lora(ldm: LatentDiffusion, config: LoraConfig) -> None:
+    """Put the adapters, which `train_stage2` trains along, into the UNet. They start as nothing."""
+    torch.manual_seed(config.seed)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    adapters = peft.LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=targets)
+    ldm.unet.add_adapter(adapters, adapter_name="slim")
 
 
 def likely_captions() -> list[str]:
@@ -532,7 +552,7 @@ def train_pixels(run: Run, start: str = "") -> None:
             out = model(z.to(memory_format=torch.channels_last), quality)
         loss, parts = training.stage1_loss(out, z, m, quality, config, PATCH)
         if task:
-            view, _ = training.random_view(config.view, from_patches(out["z_hat"]).float())
+            (view,) = training.random_view(config.view, from_patches(out["z_hat"]).float())
             labels = torch.from_numpy(cache.labels[index.numpy()]).to(run.device)
             parts["task"] = training.task_loss(machine, view, labels).mean()
             loss = loss + config.b * parts["task"]
@@ -609,7 +629,7 @@ MODELS = {
     "uniform": Recipe(train_compressor, Stage1Config(w_bg=1.0), f"{LATENT} equal weights.", "compressor_uniform"),
     "stage2": Recipe(train_compressor, Stage2Config(), f"{STAGE2}.", "compressor_stage2"),
     "features": Recipe(train_compressor, Stage2Config(task="features"), f"{STAGE2}'s features.", "compressor_features"),
-    "lora": Recipe(train_compressor, Stage2Config(lora=4), f"{STAGE2}, with adapters on the UNet.", "compressor_lora"),
+    "lora": Recipe(train_compressor, LoraConfig(), f"{STAGE2}, with adapters on the UNet.", "compressor_lora"),
     "baseline_mse": Recipe(train_pixels, Stage1Config(w_bg=1.0, beta=0.0, **LAMBDAS), f"{PIXELS} for squared error."),
     "baseline_task": Recipe(
         partial(train_pixels, start="baseline_mse"),

@@ -26,18 +26,40 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
 from slimlib.caption import Captioner
 from slimlib.data.imagenet import ImageNetScenes, Pictures
 from slimlib.data.scenes import PocketScenes, Scene
-from slimlib.images import to_tensor
+from slimlib.images import to_images, to_tensor
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
-from slimlib.roi import ClipSeg, gradcam, latent_mask, roi_crop
-from slimlib.scales import Scale
-from slimlib.utils import digest, option, pick_device, quiet_libraries, rank_and_world, write_file
+from slimlib.roi import gradcam, latent_mask, roi_crop
+from slimlib.scales import Scale, load_plain, load_pretrained
+from slimlib.utils import Device, digest, option, pick_device, quiet_libraries, rank_and_world, write_file
+
+
+class ClipSeg:
+    """What in a picture fits a text: CLIPSeg (arXiv 2112.10003), frozen. Needs no classifier, but words."""
+
+    def __init__(self, name: str | Path, device: Device = None) -> None:
+        """Load from a folder or a hub, such as "CIDAS/clipseg-rd64-refined", by `scales.load_pretrained`."""
+        self.device = pick_device(device)
+        self.processor = load_plain(AutoProcessor, name)
+        model = load_pretrained(CLIPSegForImageSegmentation, name, dtype=torch.float32)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, texts: Sequence[str]) -> Tensor:
+        """Maps (B, 1, H, W) in [0, 1] of pictures (B, 3, H, W) in [0, 1], one text each."""
+        inputs = self.processor(text=list(texts), images=to_images(x), padding=True, return_tensors="pt")
+        grid = inputs["pixel_values"].shape[-2:]  # the answer has the size looked at, and no batch where that is one
+        logits = self.model(**inputs.to(self.device)).logits.reshape(len(x), 1, *grid)
+        return F.interpolate(logits.sigmoid(), x.shape[2:], mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True)

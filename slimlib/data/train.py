@@ -14,26 +14,29 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
-import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
 
+from slimlib import utils
 from slimlib.caption import CAPTION_PRIOR, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache
 from slimlib.ldm import LatentDiffusion
-from slimlib.loop import training_device
 from slimlib.machines import load_machine
 from slimlib.scales import Scale
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
-from slimlib.utils import describe_device, digest, option, quiet_libraries, rank_and_world, write_card, write_folder
+from slimlib.utils import digest, option, quiet_libraries, rank_and_world, write_file
 
 
 @dataclass
@@ -72,7 +75,7 @@ def command(options: Job) -> int:
     if (work / "checkpoint.pt").exists() and not options.resume:
         raise ValueError(f"{work} holds a checkpoint: go on from it with --resume, or name another folder in --out")
     quiet_libraries()
-    config, cache, device = _configure(options), Cache.open(options.cache), training_device(options.device)
+    config, cache, device = _configure(options), Cache.open(options.cache), utils.pick_device(options.device)
     model = _train(options, config, cache, work, device)
     if rank_and_world()[0]:
         return 0
@@ -82,13 +85,11 @@ def command(options: Job) -> int:
         return 0
     with write_folder(options.out) as folder:
         model.save_pretrained(folder)
-        if getattr(config, "lora", 0):
-            shutil.copytree(work / "unet_lora", folder / "unet_lora")
         prior = CaptionPrior.load(options.start / CAPTION_PRIOR) if options.start else CaptionPrior.fit(cache.captions)
         prior.save(folder / CAPTION_PRIOR)
         facts: dict[str, Any] = {"command": f"slim {shlex.join(sys.argv[1:])}"}
         facts |= {"start": str(options.start or "random weights"), **asdict(config)}
-        facts |= {"processes": rank_and_world()[1], "device": describe_device(device)}
+        facts |= {"processes": rank_and_world()[1], "device": utils.describe_device(device)}
         facts |= {"seconds": round(time.monotonic() - begin), "data": json.dumps(cache.about)}
         about = "Mean-scale hyperprior on the latent, one model for all rates; not measured here."
         source = f"Latents of the diffusion model of the scale {options.scale}."
@@ -132,3 +133,39 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
         raise ValueError(f"{options.cache} was made with another VAE than that of {scale.ldm}; which --scale was it?")
     machine, arrays = load_machine(scale.machine_a, device), (cache.latents, cache.masks, cache.labels, cache.captions)
     return train_stage2(config, *arrays, ldm, machine, work, model, cache.images, **limits)
+
+
+@contextlib.contextmanager
+def write_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a fresh folder that replaces `path` when the block ends well, and is deleted when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as temporary:
+        fresh, old = Path(temporary) / "new", Path(temporary) / "old"
+        fresh.mkdir()
+        yield fresh
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except BaseException:  # what was there comes back
+            if old.exists():
+                os.replace(old, path)
+            raise
+
+
+def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:
+    """Write a model card beside the weights: `README.md` for people, and `card.json`, the same, for programs.
+
+    Args:
+        about: what it is and what it is for, one paragraph.
+        training: how it was made: command, seed, steps, device, seconds, data.
+        figures: what was measured on it, with the number of test scenes.
+        source: licences and origins of data and of starting weights.
+    """
+    made, measured = ("".join(f"| {k} | {v} |\n" for k, v in rows.items()) for rows in (training, figures))
+    table = "| | |\n|---|---|\n"
+    text = f"# {title}\n\n{about}\n\n## How it was made\n\n{table}{made}\n## What was measured\n\n{table}{measured}\n"
+    write_file(Path(folder) / "README.md", f"{text}## Sources and licences\n\n{source}\n".encode())
+    card = {"title": title, "about": about, "training": training, "figures": figures, "source": source}
+    write_file(Path(folder) / "card.json", (json.dumps(card, indent=1) + "\n").encode())

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +32,6 @@ from slimlib.measure.baselines import PixelCodec, decode_classic, downscale, enc
 from slimlib.roi import gradcam, roi_crop
 from slimlib.scales import Scale
 from slimlib.stream import FIXED_BYTES, unpack
-from slimlib.training import LORA_FILE
 from slimlib.utils import autocast
 
 SPENT = ["size", "payload", "caption", "hyper", "latent", "roi_bits", "encode_ms", "decode_ms"]
@@ -218,7 +218,7 @@ def open_codec(
     if like is None or (folder / "unet_lora").is_dir():
         codec = SlimCodec.from_pretrained(replace(scale, compressor=str(folder)), device, exact=False, dtype=dtype)
         if (folder / "unet_lora").is_dir():
-            codec.ldm.unet.load_lora_adapter(folder / "unet_lora", prefix=None, weight_name=LORA_FILE)
+            codec.ldm.unet.load_lora_adapter(folder / "unet_lora", prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE)
         return codec
     own, prior = LatentCompressor.from_pretrained(folder, like.ldm.device), CaptionPrior.load(folder / CAPTION_PRIOR)
     return SlimCodec(like.ldm, own, prior, like.captioner, like.machine, exact=False)
