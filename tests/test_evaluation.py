@@ -229,7 +229,7 @@ def test_what_each_ablation_changes(codec: SlimCodec, batch: Batch, monkeypatch:
     words = {roi_crop(i, m).tobytes(): f"a {w}" for i, m, w in zip(batch.images, cams, WORDS, strict=True)}
     exact = {roi_crop(i, m).tobytes(): "the" for i, m in zip(batch.images, batch.mattes, strict=True)}
     captioner = SimpleNamespace(caption=lambda crops: [(words | exact)[crop.tobytes()] for crop in crops])
-    monkeypatch.setattr(codec, "_captioner", captioner)
+    monkeypatch.setitem(vars(codec), "captioner", captioner)  # as if loaded
     monkeypatch.setattr(codec.ldm, "enhance", enhance)
     methods.captions_of.cache_clear()
     config, sizes = codec.compressor.config, {}
@@ -264,7 +264,7 @@ def test_a_wrong_caption_is_of_another_class(codec: SlimCodec, monkeypatch: pyte
         batch = Batch(make_scenes(len(labels)), range(len(labels)))
         batch.labels = torch.tensor(labels)
         captioner = SimpleNamespace(caption=lambda crops: [f"{i} of {label}" for i, label in enumerate(labels)])
-        monkeypatch.setattr(codec, "_captioner", captioner)
+        monkeypatch.setitem(vars(codec), "captioner", captioner)  # as if loaded
         return methods.captions_of(batch, codec, "wrong")
 
     assert wrong([3, 3, 1, 1, 2]) == ["2 of 1", "2 of 1", "4 of 2", "4 of 2", "0 of 3"]
