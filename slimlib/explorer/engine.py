@@ -382,18 +382,26 @@ def error_picture(original: Image.Image, decoded: Image.Image, full: float = 0.2
     return Image.fromarray((255 * (difference / full).clip(0, 1)).round().astype(np.uint8)).convert("RGB")
 
 
+SHOWN = (*WEIGHTS.values(), "hyperprior", "JPEG", "WebP", "AVIF")
+"""Methods whose curves are drawn."""
+
+
+def curves_of(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
+    """The curves of SHOWN that are in a table such as assets/results/evaluation.csv, by rate."""
+    plain = table[table.variant.fillna("") == ""].sort_values("bpp")
+    curves = {name: plain[plain.method == name] for name in SHOWN}
+    return {name: curve for name, curve in curves.items() if len(curve) > 1}
+
+
 class Curves:
     """The rate-accuracy curves of notebook 07 for machine B as one picture, and where on it a file lies."""
 
-    SHOWN = (*WEIGHTS.values(), "hyperprior", "JPEG", "WebP", "AVIF")
     SIZE = 3.72, 2.36  # in hundreds of pixels; it is drawn twice as fine
     STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7}
 
     def __init__(self, table: pandas.DataFrame) -> None:
         """Draw all curves of SHOWN that are in a table such as assets/results/evaluation.csv."""
-        plain = table[table.variant.fillna("") == ""].sort_values("bpp")
-        curves = {name: plain[plain.method == name] for name in self.SHOWN}
-        self._curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+        self._curves = curves_of(table)
         with matplotlib.style.context([ASSETS / "slim.mplstyle", self.STYLE]):
             figure, file = Figure(self.SIZE, dpi=200), io.BytesIO()
             self._axes, self._size = figure.add_subplot(), figure.bbox.size

@@ -2,6 +2,7 @@
 
 Examples:
     slim explore                  start the page and open a browser
+    slim explore --static OUT     write the static explorer, one HTML file that needs nothing else (minutes)
     slim explore --benchmark      how long an answer takes: slider to picture, over 100 moves
 """
 
@@ -29,6 +30,9 @@ MAX_MESSAGE = 256 * 2**20
 class Options:  # `utils.option` would import torch, which the server can do without: its kernels compute
     port: int = field(default=8866, metadata={"help": "of the page"})
     browser: bool = field(default=True, metadata={"help": "open the page in a browser"})
+    static: Path | None = field(
+        default=None, metadata={"help": "write the static explorer to this file, and serve nothing"}
+    )
     benchmark: bool = field(default=False, metadata={"help": "measure, and serve nothing"})
     moves: int = field(default=100, metadata={"help": "slider moves of the benchmark, 100 at the most"})
 
@@ -37,7 +41,11 @@ def command(options: Options) -> int:
     """Serve the page until it is interrupted, or measure how fast it is."""
     # Threads that wait for work shall sleep: while they spin, other programs slow the page down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if options.benchmark:
+    if options.static:
+        from slimlib.explorer.static import build
+
+        print(build(options.static))
+    elif options.benchmark:
         benchmark(options.moves)
     else:
         serve(options.port, options.browser)
