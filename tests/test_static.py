@@ -70,16 +70,16 @@ def psnr(one: Any, other: Any) -> float:
 @pytest.mark.parametrize("caption", ("right", "wrong", "none"))
 def test_bytes_words_and_pictures_are_the_codecs(page: Any, explorer: Explorer, step: int, caption: str) -> None:
     opened(page, step=step, caption=caption)
-    name = page.inner_text("#summary b")
+    name = page.inner_text("#told .summary b")
     index = next(i for i in explorer._sources if explorer.scene(i).name.endswith(f": {name}"))
-    words = re.search("“(.*)”", page.inner_text("#summary"))
+    words = re.search("“(.*)”", page.inner_text("#told .summary"))
     codec = explorer.codec(explorer.weights[0])
     stream = codec.compress(explorer.scene(index).image, QUALITIES[step], words and words[1])
     assert page.inner_text("#size").startswith(f"{len(stream)} bytes, {8 * len(stream) / 128**2:.3f} bits")
     assert (words is None) == (caption == "none") and (caption != "right" or words[1] == explorer.scene(index).caption)
     picture = codec.decompress(stream)
     assert psnr(shown(page, 1), picture) > 27 and psnr(shown(page, 0), explorer.scene(index).image) > 27
-    row = page.locator("#seen tr", has_text="SLIM").inner_text()
+    row = page.locator("#told tr", has_text="SLIM").inner_text()
     assert all(guess[0][0] in row for guess in explorer.guess(picture).values())
 
 

@@ -4,8 +4,8 @@
 // An answer holds bytes, seen (machine: [class, share]) and, of SLIM, parts (bytes by what they carry). A sprite holds
 // the pictures of a scene in rows of eight: the original, and for each step before, right, wrong, none and the rivals.
 const $ = (id) => document.getElementById(id), side = DATA.side, rivals = DATA.scenes[0].steps[0].rivals.length;
-const first = { scene: 0, step: Math.min(2, DATA.qualities.length - 1), caption: "right", left: "original", over: "nothing", hide: 0, pin1: "", pin2: "" };
-const state = { ...first }, sprites = DATA.scenes.map(() => null), show = splitViewer($("view"));
+const usual = { scene: 0, step: Math.min(2, DATA.qualities.length - 1), caption: "right", left: "original", over: "nothing", hide: 0, pin1: "", pin2: "" };
+const state = { ...usual }, sprites = DATA.scenes.map(() => null), show = splitViewer($("view")), tell = factsView($("told"), DATA);
 const CAPTIONS = { right: "the right one", wrong: "a wrong one", none: "none" };
 const kinds = ["before", "right", "wrong", "none", ...DATA.scenes[0].steps[0].rivals.map((rival) => rival.name)];
 
@@ -48,10 +48,6 @@ function error(scene, index) { // absolute error, mean of the three colours: whi
 
 // ---- words
 
-const verdict = (scene, [name, share]) =>
-  `<span class="${name === scene.truth ? "ok" : "no"}">${name === scene.truth ? "✓" : "✗"} ${name}</span> ${Math.round(100 * share)}%`;
-const plain = (scene, seen) => Object.entries(seen).map(([machine, [name]]) => `${machine} says ${name}`).join(", ");
-
 function leftSide(scene, step) { // what stands left of the line: a title, a picture, and what the machines see in it
   const pin = state.left.startsWith("pin") && state[state.left];
   if (pin) {
@@ -64,23 +60,6 @@ function leftSide(scene, step) { // what stands left of the line: a title, a pic
   return [`${rival.name}, ${rival.fits ? "" : "needs "}${rival.bytes} bytes`, place(state.step, rival.name), rival.seen];
 }
 
-function drawCurve(bpp) {
-  const rates = Object.values(DATA.curves).flat().map(([rate]) => rate), low = Math.min(...rates), high = Math.max(...rates);
-  const x = (rate) => 34 + (320 * Math.log(rate / low)) / Math.log(high / low), y = (share) => 190 - 1.75 * share;
-  const grid = [0, 25, 50, 75, 100].map((v) => `<path d="M34 ${y(v)}H354" stroke="#ddd"/><text x="30" y="${y(v) + 3}" text-anchor="end">${v}</text>`);
-  const ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1].filter((v) => v > low && v < high);
-  const marks = ticks.map((v) => `<text x="${x(v)}" y="203" text-anchor="middle">${v}</text>`);
-  const lines = Object.entries(DATA.curves).map(([name, points]) =>
-    `<polyline fill="none" stroke-width="2" stroke="${DATA.colours[name]}" points="${points.map(([r, a]) => `${x(r)},${y(a)}`)}"/>`);
-  const levels = Object.entries(DATA.lines).map(([name, share]) =>
-    `<path d="M34 ${y(share)}H354" stroke="#1a1a1a" stroke-dasharray="3 3"/><text x="352" y="${y(share) - 3}" text-anchor="end">${name}</text>`);
-  const here = x(Math.min(high, Math.max(low, bpp)));
-  $("curve").innerHTML = [...grid, ...marks, ...lines, ...levels, `<path d="M${here} 15V190" stroke="#1a1a1a"/>`,
-    '<text x="194" y="217" text-anchor="middle">Bit-rate [bpp]</text><text x="34" y="8">Top-1 of machine B [%]</text>'].join("");
-  const key = Object.keys(DATA.curves).map((name) => `<span style="color:${DATA.colours[name]}">▬</span> ${name}`).join(" ");
-  $("about").innerHTML = `${key}. Over many test scenes; the line marks this file's rate.`;
-}
-
 // ---- the page
 
 async function draw() {
@@ -88,20 +67,17 @@ async function draw() {
   sprites[state.scene] ??= await load(scene.sprite);
   const [title, index, seen] = leftSide(scene, step), shown = place(state.step, state.caption);
   const told = !document.body.classList.contains("hides");
-  show("left", cut(state.scene, index), told ? `${title}: ${plain(scene, seen)}` : title);
-  show("right", cut(state.scene, shown), told ? `SLIM: ${plain(scene, answer.seen)}` : "SLIM");
+  show("left", cut(state.scene, index), told ? `${title}: ${plain(seen)}` : title);
+  show("right", cut(state.scene, shown), told ? `SLIM: ${plain(answer.seen)}` : "SLIM");
   show("over", { bits: heat(step), error: error(state.scene, shown) }[state.over] ?? null);
   const bpp = (8 * answer.bytes) / side ** 2;
   $("size").textContent = `${answer.bytes} bytes, ${bpp.toFixed(3)} bits per pixel`;
   $("step").setAttribute("aria-valuetext", $("size").textContent);
-  $("summary").innerHTML = `${scene.truth ? `This is <b>${scene.name}</b>. ` : ""}Sent along: ${scene.words[state.caption] ? `“${scene.words[state.caption]}”` : "no words"}.`;
-  $("parts").innerHTML = Object.entries(answer.parts).map(([name, bytes]) =>
-    `<i style="flex:${Math.max(0, bytes)};background:${DATA.colours[name]}" title="${name}: ${bytes} bytes"></i>`).join("");
-  $("seen").innerHTML = `<thead><tr><th>bytes</th><th></th>${DATA.machines.map((m) => `<th>machine ${m}</th>`).join("")}</tr></thead>` +
-    [["original", scene.seen, ""], ["before the UNet", step.before, answer.bytes], ["SLIM", answer.seen, answer.bytes],
-      ...step.rivals.map((rival) => [rival.name, rival.seen, rival.fits ? rival.bytes : `needs ${rival.bytes}`])].map(([name, sees, bytes]) =>
-      `<tr><td>${bytes}</td><th>${name}</th>${DATA.machines.map((m) => `<td>${verdict(scene, sees[m])}</td>`).join("")}</tr>`).join("");
-  drawCurve(bpp);
+  const words = scene.words[state.caption], bytes = answer.bytes;
+  const rows = [["original", "", scene.seen], ["before the UNet", bytes, step.before], ["SLIM", bytes, answer.seen],
+    ...step.rivals.map((rival) => [rival.name, rival.fits ? rival.bytes : `needs ${rival.bytes}`, rival.seen])];
+  tell({ bpp, truth: scene.truth, parts: answer.parts, rows: rows.map(([name, bytes, seen]) => ({ name, bytes, seen })),
+    summary: `${scene.truth ? `This is <b>${scene.name}</b>. ` : ""}Sent along: ${words ? `“${safe(words)}”` : "no words"}.` });
   for (const name of ["left", "caption", "over"]) for (const input of $(name).querySelectorAll("input")) {
     input.checked = input.value === state[name];
     input.disabled = input.value.startsWith("pin") && !state[input.value];
@@ -113,19 +89,19 @@ async function draw() {
 function change(values, leaves = true) { // some settings; the address follows, and "back" undoes what was chosen
   Object.assign(state, values);
   if ("scene" in values || "hide" in values) document.body.classList.toggle("hides", !!state.hide);
-  const said = Object.entries(state).filter(([name, value]) => value !== first[name]);
+  const said = Object.entries(state).filter(([name, value]) => value !== usual[name]);
   history[leaves ? "pushState" : "replaceState"](null, "", `#${new URLSearchParams(said)}`);
   return draw();
 }
 
 function fromAddress() { // unknown names and values count for nothing
-  const said = new URLSearchParams(location.hash.slice(1)), values = { ...first };
+  const said = new URLSearchParams(location.hash.slice(1)), values = { ...usual };
   const known = { caption: Object.keys(CAPTIONS), left: lefts.map(([value]) => value), over: overs.map(([value]) => value) };
   const most = { scene: DATA.scenes.length - 1, step: DATA.qualities.length - 1, hide: 1 };
   for (const [name, value] of said) {
     if (known[name]?.includes(value)) values[name] = value;
     if (name in most && +value >= 0 && +value <= most[name]) values[name] = Math.round(value);
-    if (name.startsWith("pin") && name in first && /^\d (right|wrong|none)$/.test(value) && +value[0] <= most.step) values[name] = value;
+    if (name.startsWith("pin") && name in usual && /^\d (right|wrong|none)$/.test(value) && +value[0] <= most.step) values[name] = value;
   }
   change(values, false);
 }

@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from slimlib.explorer.engine import Explorer, Guesses, Settings, View, curves_of
+from slimlib.explorer.engine import Explorer, Settings, View, curves_of, first_of
 from slimlib.measure.evaluation import RESULTS, read_table
-from slimlib.measure.plots import COLOURS, PART_COLOURS
 from slimlib.utils import write_file
 
 QUALITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -46,10 +45,11 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
     for index in tqdm(chosen, unit="scene"):
         wrong = explorer.scene(chosen[chosen.index(index) - 1]).caption  # of the scene before: another object
         scenes.append(_scene(explorer, replace(settings, scene=index), wrong, qualities))
-    plain = {"label only": float(table[(table.method == "uncompressed") & (table.variant == "")].top1_a.iloc[0])}
-    data: dict[str, Any] = {"machines": list(explorer.machines), "qualities": qualities, "side": explorer.scenes.size}
-    data |= {"scenes": scenes, "lines": plain, "colours": COLOURS | PART_COLOURS}
-    data["curves"] = {name: of[["bpp", "top1_b"]].round(4).to_numpy().tolist() for name, of in points.items()}
+    data: dict[str, Any] = explorer.constants() | {
+        "qualities": qualities,
+        "side": explorer.scenes.size,
+        "scenes": scenes,
+    }
     here = Path(__file__).parent
     texts = {name: (here / f"{file}").read_text() for name, file in FILES.items()}
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
@@ -58,7 +58,7 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
     return rule
 
 
-FILES = {"css": "static.css", "viewer": "viewer.js", "script": "static.js"}
+FILES = {"css": "look.css", "viewer": "viewer.js", "script": "static.js"}
 
 
 def _choose(explorer: Explorer, settings: Settings, count: int, right: int) -> list[int]:
@@ -85,11 +85,16 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
         }
         view = views["right"]
         rivals = list(explorer.rivals(source, view.report.size))
-        step: dict[str, Any] = {"before": _top(view.guesses["before"]), "bits": view.report.bit_map.round(1).tolist()}
+        step: dict[str, Any] = {
+            "before": first_of(view.guesses["before"]),
+            "bits": view.report.bit_map.round(1).tolist(),
+        }
         for kind, one in views.items():
             parts = {part: round(bits / 8, 1) for part, bits in one.report.bits.items()}
-            step[kind] = {"bytes": one.report.size, "parts": parts, "seen": _top(one.guesses["after"])}
-        step["rivals"] = [{"name": r.name, "bytes": r.size, "fits": r.fits, "seen": _top(r.guesses)} for r in rivals]
+            step[kind] = {"bytes": one.report.size, "parts": parts, "seen": first_of(one.guesses["after"])}
+        step["rivals"] = [
+            {"name": r.name, "bytes": r.size, "fits": r.fits, "seen": first_of(r.guesses)} for r in rivals
+        ]
         pictures += [
             view.pictures["before"],
             *(one.pictures["after"] for one in views.values()),
@@ -97,7 +102,7 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
         ]
         steps.append(step)
     name = source.name.partition(": ")[2]
-    known = {"name": name, "truth": source.truth, "words": words, "seen": _top(source.guesses), "steps": steps}
+    known = {"name": name, "truth": source.truth, "words": words, "seen": first_of(source.guesses), "steps": steps}
     return known | {"sprite": _sprite(pictures)}
 
 
@@ -105,10 +110,6 @@ def _last(views: Iterator[View]) -> View:
     for view in views:  # noqa: B007 (the last one is finished)
         pass
     return view
-
-
-def _top(guesses: Guesses) -> dict[str, tuple[str, float]]:
-    return {machine: (top[0][0], round(top[0][1], 3)) for machine, top in guesses.items()}
 
 
 def _sprite(pictures: Sequence[Image.Image], columns: int = 8) -> str:

@@ -1,0 +1,112 @@
+// The live explorer: what Python answers, shown by viewer.js. An anywidget has one of three parts; Python sets `shown`.
+// scenes: {pictures [[number, name, address]], on};  picture: {left, right, over: [address, words] or null};
+// facts: what factsView tells, and save: {name, stream (base64), code}.
+const SILENT = 3000, LOST = 12000; // milliseconds without a sign of life until the page says so, and until it gives up
+
+function scenes(model, el) { // thumbnails
+  const { pictures } = model.get("shown");
+  el.innerHTML = `<nav class="scenes" aria-label="Pictures">${pictures.map(([, name, url]) =>
+    `<button type="button" aria-label="${safe(name)}" title="${safe(name)}"><img alt="" src="${url}"></button>`).join("")}</nav>`;
+  const buttons = [...el.querySelectorAll("button")];
+  const mark = () => buttons.forEach((button, i) => button.setAttribute("aria-pressed", pictures[i][0] === model.get("shown").on));
+  buttons.forEach((button, i) => (button.onclick = () => model.send({ scene: pictures[i][0] })));
+  model.on("change:shown", mark);
+  mark();
+}
+
+function facts(model, el) {
+  el.innerHTML = `<div class="facts"></div><p class="share"><a class="save" href="#">save .slim</a> <button type="button" class="link">copy link</button></p>
+    <details><summary>code that makes this very file</summary><pre tabindex="0"></pre></details>`;
+  const tell = factsView(el.firstChild, model.get("known")), [save, link] = el.querySelector(".share").children;
+  function draw() {
+    const shown = model.get("shown");
+    if (!shown.rows) return;
+    tell({ ...shown, summary: `${shown.truth ? `This is <b>${safe(shown.title)}</b>. ` : `<b>${safe(shown.title)}</b>. `}${safe(shown.summary)}` });
+    save.download = shown.save.name;
+    save.href = `data:application/octet-stream;base64,${shown.save.stream}`;
+    el.querySelector("pre").textContent = shown.save.code;
+    el.querySelector("details").hidden = !shown.save.code;
+  }
+  link.hidden = !document.body.dataset.voila;
+  link.onclick = () => navigator.clipboard?.writeText(location.href);
+  model.on("change:shown", draw);
+  draw();
+}
+
+function picture(model, el) { // the split picture, and whether anybody still answers
+  el.innerHTML = `<div class="view"></div><p class="said" role="status"></p>`;
+  const [view, said] = el.children, show = splitViewer(view), served = document.body.dataset.voila;
+  let heard = Date.now(), moved = 0, asked = Date.now(), lost = false;
+
+  function draw() {
+    for (const [side, what] of Object.entries(model.get("shown"))) show(side, what && what[0], what ? what[1] : "");
+  }
+
+  async function gone() { // whether the kernel is no more; a server that does not answer has none
+    const { baseUrl, kernelId } = JSON.parse(document.getElementById("jupyter-config-data")?.textContent ?? "{}");
+    return Boolean(kernelId) && !(await fetch(`${baseUrl}api/kernels/${kernelId}`).then((reply) => reply.ok, () => false));
+  }
+
+  async function beat() { // every second: ask for a sign of life, and say what is the matter
+    if (lost) return;
+    const now = Date.now(), doing = model.get("doing"), silent = now - heard, waits = doing ? now - asked : 0;
+    if (document.hidden || silent > 3 * LOST) heard = now; // asleep: nobody could have answered
+    else if (silent > LOST && (await gone())) {
+      lost = true;
+      model.widget_manager?.kernel?.dispose?.(); // or it would knock at the next server's door for minutes
+    }
+    model.send({ beat: now });
+    const seconds = Math.round(Math.max(silent, waits) / 1000);
+    const words = lost ? "Connection lost: the kernel or its server has ended. Start it if need be, then reload the page; the address keeps your settings."
+      : silent > SILENT ? `No answer for ${seconds} s: the kernel is busy with something else, or gone. Wait, or reload the page; the address keeps your settings.`
+      : waits > SILENT ? `Still at work after ${seconds} s (${doing}): something else uses the processor, too. Wait, or take fewer steps K.`
+      : model.get("said");
+    if (said.textContent !== words) said.textContent = words;
+    const page = el.closest(".slim");
+    page?.classList.toggle("late", lost || silent > SILENT || waits > SILENT);
+    if (page) names(page);
+  }
+
+  model.on("change:shown", draw);
+  model.on("change:doing change:said", () => {
+    heard = Date.now();
+    if (model.get("doing") && !model.previous?.("doing")) asked = Date.now();
+    view.classList.toggle("old", Boolean(model.get("doing")));
+    beat();
+  });
+  model.on("msg:custom", ({ query }) => {
+    heard = Date.now();
+    if (query && served) history.replaceState(null, "", `?${query}`);
+  });
+  const follow = () => { // the address follows the controls; of a quick series of moves only the last one is kept
+    if (`?${model.get("query")}` === location.search) return;
+    history[Date.now() - moved < 1000 ? "replaceState" : "pushState"](null, "", `?${model.get("query")}`);
+    moved = Date.now();
+  };
+  const read = () => model.send({ query: location.search.slice(1) });
+  if (served) {
+    model.on("change:query", follow);
+    addEventListener("popstate", read);
+    if (location.search) read();
+    else history.replaceState(null, "", `?${model.get("query")}`);
+    setTimeout(() => document.activeElement === document.body && document.querySelector(".slim .rate .noUi-handle")?.focus(), 1000);
+  }
+  draw();
+  const timer = setInterval(beat, 1000);
+  return () => { clearInterval(timer); removeEventListener("popstate", read); };
+}
+
+function names(page) { // for screen readers, what ipywidgets leaves out
+  for (const handle of page.querySelectorAll(".noUi-handle")) {
+    const row = handle.closest(".jupyter-widgets");
+    handle.setAttribute("aria-label", row.querySelector("label, .widget-label").textContent);
+    handle.setAttribute("aria-valuetext", row.querySelector(".widget-readout").textContent);
+  }
+  for (const group of page.querySelectorAll(".widget-radio")) {
+    group.setAttribute("role", "radiogroup");
+    group.setAttribute("aria-label", group.querySelector(".widget-label").textContent);
+  }
+}
+
+const parts = { scenes, picture, facts };
+const render = ({ model, el }) => parts[model.get("part")](model, el);
