@@ -1,8 +1,8 @@
 """The bitrate explorer: slide the rate, see what the machine still sees.
 
-`slim explore` is a web page of its own, notebook 08 shows the same page and how it works, `slim explore --static` writes
-one that needs no kernel. Plain Python in `engine`, the widgets in `page` (drawn by viewer.js and live.js), the server of
-the web page in `serve`, the page without a kernel in `static` (static.js).
+`slim explore` is a web page of its own, and notebook 08 shows the same page and how it works: plain Python in `engine`,
+the widgets in `page` (drawn by viewer.js and live.js), the web page's server in `serve`. `slim explore --static` writes
+a page that needs no kernel (`static`, static.js).
 """
 
 import os

@@ -1,7 +1,7 @@
 // The live explorer: what Python answers, shown by viewer.js. An anywidget has one of three parts; Python sets `shown`.
-// scenes: {pictures [[number, name, address]], on};  picture: {left, right, over: [address, words] or null};
-// facts: what factsView tells, and save: {name, stream (base64), code}.
-const SILENT = 3000, LOST = 12000; // milliseconds without a sign of life until the page says so, and until it gives up
+// scenes: {pictures [[number, name, address]], on};  picture: {left, right, over: {name, bytes, seen, url} or null};
+// facts: what factsView tells, and title, file (its name), stream (base64), code.
+const PATIENCE = 500, SILENT = 3000, LOST = 12000; // milliseconds until it is said what is done, that something is wrong, and gone
 
 function scenes(model, el) { // thumbnails
   const { pictures } = model.get("shown");
@@ -22,10 +22,10 @@ function facts(model, el) {
     const shown = model.get("shown");
     if (!shown.rows) return;
     tell({ ...shown, summary: `${shown.truth ? `This is <b>${safe(shown.title)}</b>. ` : `<b>${safe(shown.title)}</b>. `}${safe(shown.summary)}` });
-    save.download = shown.save.name;
-    save.href = `data:application/octet-stream;base64,${shown.save.stream}`;
-    el.querySelector("pre").textContent = shown.save.code;
-    el.querySelector("details").hidden = !shown.save.code;
+    save.download = shown.file;
+    save.href = `data:application/octet-stream;base64,${shown.stream}`;
+    el.querySelector("pre").textContent = shown.code;
+    el.querySelector("details").hidden = !shown.code;
   }
   link.hidden = !document.body.dataset.voila;
   link.onclick = () => navigator.clipboard?.writeText(location.href);
@@ -34,12 +34,15 @@ function facts(model, el) {
 }
 
 function picture(model, el) { // the split picture, and whether anybody still answers
-  el.innerHTML = `<div class="view"></div><p class="said" role="status"></p>`;
+  el.innerHTML = `<div class="view"></div><p class="said" role="alert"></p>`;
   const [view, said] = el.children, show = splitViewer(view), served = document.body.dataset.voila;
   let heard = Date.now(), moved = 0, asked = Date.now(), lost = false;
 
   function draw() {
-    for (const [side, what] of Object.entries(model.get("shown"))) show(side, what && what[0], what ? what[1] : "");
+    for (const [side, what] of Object.entries(model.get("shown"))) {
+      const bytes = what?.bytes ? `, ${what.bytes} bytes` : "";
+      show(side, what && what.url, what ? `${what.name}${bytes}: ${plain(what.seen)}` : "");
+    }
   }
 
   async function gone() { // whether the kernel is no more; a server that does not answer has none
@@ -60,7 +63,7 @@ function picture(model, el) { // the split picture, and whether anybody still an
     const words = lost ? "Connection lost: the kernel or its server has ended. Start it if need be, then reload the page; the address keeps your settings."
       : silent > SILENT ? `No answer for ${seconds} s: the kernel is busy with something else, or gone. Wait, or reload the page; the address keeps your settings.`
       : waits > SILENT ? `Still at work after ${seconds} s (${doing}): something else uses the processor, too. Wait, or take fewer steps K.`
-      : model.get("said");
+      : waits > PATIENCE ? model.get("doing") : model.get("said");
     if (said.textContent !== words) said.textContent = words;
     const page = el.closest(".slim");
     page?.classList.toggle("late", lost || silent > SILENT || waits > SILENT);
@@ -72,7 +75,7 @@ function picture(model, el) { // the split picture, and whether anybody still an
     heard = Date.now();
     if (model.get("doing") && !model.previous?.("doing")) asked = Date.now();
     view.classList.toggle("old", Boolean(model.get("doing")));
-    beat();
+    said.textContent = model.get("said");
   });
   model.on("msg:custom", ({ query }) => {
     heard = Date.now();
@@ -98,8 +101,8 @@ function picture(model, el) { // the split picture, and whether anybody still an
 
 function names(page) { // for screen readers, what ipywidgets leaves out
   for (const handle of page.querySelectorAll(".noUi-handle")) {
-    const row = handle.closest(".jupyter-widgets");
-    handle.setAttribute("aria-label", row.querySelector("label, .widget-label").textContent);
+    const row = handle.closest(".widget-slider");
+    handle.setAttribute("aria-label", row.querySelector(".widget-label").textContent);
     handle.setAttribute("aria-valuetext", row.querySelector(".widget-readout").textContent);
   }
   for (const group of page.querySelectorAll(".widget-radio")) {

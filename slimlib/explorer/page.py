@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 import anywidget
 import ipywidgets as widgets
@@ -25,22 +25,21 @@ import torch
 import traitlets
 from PIL import Image
 
-from slimlib.explorer.engine import (
-    LIMITS,
-    RIVALS,
-    Explorer,
-    Rival,
-    Settings,
-    Source,
-    View,
-    first_of,
-)
+from slimlib.explorer.engine import LIMITS, RIVALS, Explorer, Guesses, Rival, Settings, Source, View, first_of
 from slimlib.measure.methods import CLASSIC_NAMES
 
 THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)
 """Test scenes in the strip."""
 SIZES = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)
 """Bytes on the main slider."""
+PHOTO = "These models know {} things, and take whatever they see for one of them. A link does not hold a photograph."
+OPENED = (
+    "Decoded from the file alone: there is no original. The controls show what the file says; as soon as one is moved, "
+    "they are about the scene again."
+)
+OBJECT = "object and crop"
+OVER = {"nothing": "", "where the bits went": "bits", "error": "error"}
+"""What may lie over the picture, and its name in `View.pictures`."""
 HERE = Path(__file__).parent
 
 
@@ -71,13 +70,13 @@ class Page:
 
         Args:
             explorer: the models; those that are shipped if None.
-            query: settings from a link (see `Settings.query`); live.js sends that of the address under Voila.
+            query: settings from a link (see `Settings.query`); under Voila live.js sends the address.
         """
         self.photo: Source | None = None
         self.view: View | None = None
         self.answered: dict[str, float] = {}
-        self.pictures: dict[str, tuple[Image.Image, str]] = {}  # what may stand left of the line, and words for it
-        self.rivals: dict[str, Rival] = {}
+        # Who sees what at how many bytes, and the picture: of the original, of SLIM, of its rivals. "", None: not there
+        self.rows: dict[str, tuple[int | str, Guesses | None, Image.Image | None]] = {}
         self._asked = 0.0  # when
         self._quiet = False
         self._opened = ""  # name of a .slim file
@@ -88,13 +87,14 @@ class Page:
         self.explorer: Explorer = explorer or self._worker.apart(Explorer)
         self.defaults = Settings(weights=self.explorer.weights[0], size=64)
         self.compared = (*RIVALS, *self.explorer.pixel_codecs)
+        self.names = [CLASSIC_NAMES.get(name, name) for name in self.compared]  # of the rivals
         self._build()
         self.follow(query)
         self._worker.wait()
         for control in self._asking:
             control.observe(self._changed, "value")
         for control in (self.left, self.over):
-            control.observe(lambda _: self._quiet or self._draw(), "value")
+            control.observe(self._compared, "value")
         for upload in (self.camera, self.opener):
             upload.observe(self._uploaded, "value")
         with contextlib.suppress(RuntimeError):  # no kernel around: a script or a test
@@ -171,6 +171,12 @@ class Page:
         self.picture.said = ""
         self._ask()
 
+    def _compared(self, _: Any) -> None:
+        """Something else shall stand left of the line, or over the picture."""
+        if not self._quiet:
+            self._address()
+            self._draw()
+
     def _ask(self, upload: tuple[bytes, str] | None = None) -> None:
         self._submit(functools.partial(self._answer, self.settings, self.photo, upload), "compressing")
         self._address()
@@ -178,18 +184,17 @@ class Page:
     def _address(self) -> None:
         """The link to what is shown; there is none to a photograph."""
         if not self.photo:
-            self.picture.query = f"{self.settings.query()}&left={self.left.value}&over={self.over.value}".replace(
-                " ", "+"
-            )
+            compared = urlencode({"left": self.left.value, "over": self.over.value})
+            self.picture.query = f"{self.settings.query()}&{compared}"
 
     def _answer(self, settings: Settings, photo: Source | None, upload: tuple[bytes, str] | None) -> Iterator[Any]:
         """The worker's job: a photograph that came in, the views, and what others make of as many bytes."""
         if upload:
             photo = self.explorer.photo(*upload)
             yield photo
-        for view in self.explorer.look(settings, photo):
-            yield view
-        yield from self.explorer.rivals(view.source, settings.size or view.report.size, self.compared)  # type: ignore[arg-type]
+        yield from self.explorer.look(settings, photo)
+        source = photo or self.explorer.scene(settings.scene)
+        yield from self.explorer.rivals(source, settings.size or 0, self.compared)
 
     def _submit(self, job: Callable[[], Iterator[Any]], doing: str) -> None:
         self._asked, self.picture.doing = perf_counter(), doing
@@ -202,7 +207,7 @@ class Page:
         file = change["new"][0]
         data, name = bytes(file["content"]), str(file["name"])
         change["owner"].value = ()  # so that the same file can come again
-        self.picture.said = f"opening {name} ..."
+        self.picture.said = ""
         if change["owner"] is self.camera:
             self._ask((data, name))
         else:
@@ -221,18 +226,11 @@ class Page:
         else:
             widget.send({})
 
-    def _reset(self, _: Any = None) -> None:
-        self.follow("")
-
-    def _pin(self, _: Any = None) -> None:
+    def _pin(self, _: Any) -> None:
         """What stands right of the line may stand left from now on."""
-        assert self.view
-        words = self.pictures["SLIM"][1].replace("SLIM", f"pinned, {self.view.report.size} bytes", 1)
-        self.pictures["pinned"] = self.pictures["SLIM"][0], words
+        self.rows["pinned"] = self.rows["SLIM"]
         with self._quietly():
-            self.left.options = (
-                (*self.left.options, "pinned") if "pinned" not in self.left.options else self.left.options
-            )
+            self.left.options = tuple(dict.fromkeys([*self.left.options, "pinned"]))
             self.left.value = "pinned"
         self._draw()
 
@@ -252,18 +250,11 @@ class Page:
         elif not newest:
             return
         elif isinstance(result, Rival):
-            self.rivals[result.name] = result
-            needs = "" if result.fits else "needs "
-            words = f"{result.name}, {needs}{result.size} bytes: {_words(result.guesses)}"
-            self.pictures[result.name] = result.image, words
+            needs = result.size if result.fits else f"needs {result.size}"
+            self.rows[result.name] = needs, result.guesses, result.image
             self._draw()
         elif isinstance(result, Source):
             self.photo = result
-            count = len(self.explorer.machines["A"].classes)
-            self.picture.said = (
-                f"{result.name}: {result.note}. These models know {count} things, and take whatever they see "
-                "for one of them. A photograph is not part of a link."
-            )
         else:
             known = isinstance(result, (ValueError, IndexError))
             self.picture.said = str(result) if known else f"That failed: {type(result).__name__}: {result}"
@@ -275,23 +266,21 @@ class Page:
         if view.step and not view.done:
             self.picture.doing = f"UNet, step {view.step} of {report.steps}"
             return
-        self.view = view
+        self.view, pinned = view, self.rows.get("pinned")
         if newest:
             self.answered["after" if view.done else "before"] = perf_counter() - self._asked
             self.picture.doing = "" if view.done else "UNet"
-        if not view.step and not (view.done and report.steps):
-            self.rivals = {}
-        pinned = self.pictures.get("pinned")
-        right = "after" if view.done else "before"
-        self.pictures = {"SLIM": (view.pictures[right], f"SLIM: {_words(view.guesses[right])}")}
-        self.pictures["before the UNet"] = view.pictures["before"], f"before the UNet: {_words(view.guesses['before'])}"
+        before = view.pictures["before"]
+        self.rows = {"before the UNet": (report.size, view.guesses["before"], before)}
+        self.rows["SLIM"] = report.size, view.guesses.get("after"), view.pictures.get("after", before)
         if source:
-            self.pictures["original"] = source.image, f"original: {_words(source.guesses)}"
-            self.pictures["object and crop"] = source.marked, "object (white), what the captioner sees (orange)"
+            known = {"original": ("", source.guesses, source.image), OBJECT: ("", {}, source.marked)}
+            self.rows = known | self.rows | dict.fromkeys(self.names, ("", None, None))
+        elif view.done:  # the controls show what an opened file says
+            same = {name: getattr(report, name) for name in ("quality", "steps", "t0", "seed", "size")}
+            self._set(replace(view.settings, scene=self.scene.value, caption=report.caption or "", **same))
         if pinned:
-            self.pictures["pinned"] = pinned
-        if not source and view.done:
-            self._read(view)
+            self.rows["pinned"] = pinned
         with self._quietly():
             if self.auto_t0.value:
                 self.t0.value = report.t0
@@ -299,66 +288,47 @@ class Page:
                 self.words.value = report.caption or ""
         self._draw()
 
-    def _read(self, view: View) -> None:
-        """Let the controls show what an opened file says; whoever moves one asks about the scene again."""
-        report = view.report
-        self._set(
-            Settings(
-                self.scene.value,
-                report.quality,
-                report.steps,
-                report.t0,
-                view.settings.weights,
-                report.caption or "",
-                report.seed,
-                report.size,
-            )
-        )
-        self.picture.said = (
-            f"{self._opened}: decoded from the file alone, there is no original. The controls show what the file says; "
-            "once you move one, they are about the scene again."
-        )
-
     def _draw(self) -> None:
         """Hand what is known to the JavaScript."""
-        view = self.view
-        assert view
-        report, source = view.report, view.source
-        over = view.pictures.get({"where the bits went": "bits"}.get(self.over.value, self.over.value))
-        none = Image.new("RGB", (1, 1), "#ededed"), f"{self.left.value}: not there yet"
-        sides = {"left": self.pictures.get(self.left.value, none), "right": self.pictures["SLIM"]}
-        shown: dict[str, Any] = {side: (_url(image), words) for side, (image, words) in sides.items()}
-        self.picture.shown = shown | {"over": over and (_url(over), self.over.value)}
-        rows = [("original", "", source.guesses)] if source else []
-        rows += [
-            ("before the UNet", report.size, view.guesses["before"]),
-            ("SLIM", report.size, view.guesses.get("after")),
-        ]
-        for name in (CLASSIC_NAMES.get(name, name) for name in (self.compared if source else ())):
-            rival = self.rivals.get(name)
-            bytes_ = "" if not rival else rival.size if rival.fits else f"needs {rival.size}"
-            rows.append((name, bytes_, rival and rival.guesses))
-        caption = f"“{report.caption}”" if report.caption else "no caption"
-        repair = f"t0 = {report.t0}, K = {report.steps}" if report.t0 and report.steps else "no UNet"
-        title = source.name.partition(": ")[2] or source.name if source else self._opened
-        photo = None if source and source.truth else source
-        settings = replace(view.settings, quality=round(report.quality, 4))
-        self.facts.shown = {
-            "title": title,
-            "truth": source and source.truth,
-            "summary": f"{report.size} bytes, {report.bpp:.3f} bits per pixel, {caption}, {repair}.",
-            "parts": {part: round(bits / 8, 1) for part, bits in report.bits.items()},
-            "bpp": report.bpp if source and source.truth else None,
-            "rows": [{"name": name, "bytes": size, "seen": seen and first_of(seen)} for name, size, seen in rows],
-            "save": {
-                "name": f"{title.replace(' ', '_')}_{report.size}.slim",
-                "stream": base64.b64encode(view.stream).decode(),
-                "code": self.explorer.code(settings, photo) if source else "",
-            },
+        assert self.view
+        view, report, source = self.view, self.view.report, self.view.source
+        rows = {
+            name: {"name": name, "bytes": size, "seen": seen and first_of(seen)}
+            for name, (size, seen, _) in self.rows.items()
         }
-        on = view.settings.scene if source and source.truth else None
-        self.scenes.shown = self.scenes.shown | {"on": on}
-        self._address()
+        scene = source if source and source.truth else None
+
+        def side(name: str) -> dict[str, Any] | None:
+            image = self.rows.get(name, (0, None, None))[2]
+            return {**rows[name], "url": _url(image)} if image else None
+
+        over = view.pictures.get(OVER[self.over.value])
+        self.picture.shown = {
+            "left": side(self.left.value),
+            "right": side("SLIM"),
+            "over": over and {"name": self.over.value, "url": _url(over)},
+        }
+        said = [f"{report.size} bytes, {report.bpp:.3f} bits per pixel, "]
+        said += [f"“{report.caption}”, " if report.caption else "no caption, "]
+        said += [f"t0 = {report.t0}, K = {report.steps}. " if report.t0 and report.steps else "no UNet. "]
+        if not source:
+            said.append(OPENED)
+        elif not scene:
+            said.append(f"{source.note}. {PHOTO.format(len(self.explorer.machines['A'].classes))}")
+        settings = replace(view.settings, quality=round(report.quality, 4))
+        name = f"scene{settings.scene}" if scene else source.name if source else "opened"
+        self.facts.shown = {
+            "title": scene.name.partition(": ")[2] if scene else source.name if source else self._opened,
+            "truth": scene and scene.truth,
+            "summary": "".join(said),
+            "parts": {part: round(bits / 8, 1) for part, bits in report.bits.items()},
+            "bpp": report.bpp if scene else None,
+            "rows": [row for name, row in rows.items() if name != OBJECT],
+            "file": f"{name}_{report.size}.slim",
+            "stream": base64.b64encode(view.stream).decode(),
+            "code": self.explorer.code(settings, None if scene else source) if source else "",
+        }
+        self.scenes.shown = self.scenes.shown | {"on": settings.scene if scene else None}
 
     # ---- widgets
 
@@ -373,10 +343,11 @@ class Page:
         self.facts = Viewer(part="facts", known=self.explorer.constants())
         for viewer in (self.scenes, self.picture):
             viewer.on_msg(self._said)
-        self.size = widgets.SelectionSlider(options=SIZES, description="File of at most … bytes")
-        names = [CLASSIC_NAMES.get(name, name) for name in self.compared]
-        self.left = _choice("Left of the line", "original", "object and crop", "before the UNet", *names)
-        self.over = _choice("Over the picture", "nothing", "where the bits went", "error")
+        self.size = widgets.SelectionSlider(
+            options=[(f"{size} bytes", size) for size in SIZES], description="Size of the file, at most"
+        )
+        self.left = _choice("Left of the line", "original", OBJECT, "before the UNet", *self.names)
+        self.over = _choice("Over the picture", *OVER)
         self.caption = _choice("Caption that is sent", "automatic", "none", "typed")
         self.words = widgets.Text(placeholder="type a caption, even a wrong one", description="words")
         self.weights = _choice("Weights", *self.explorer.weights)
@@ -387,9 +358,11 @@ class Page:
         self.scene = widgets.BoundedIntText(max=len(self.explorer.scenes) - 1, description="scene")
         self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif", description="a photograph …", icon="")
         self.opener = widgets.FileUpload(accept=".slim", description="open .slim …", icon="")
+        self.camera.add_class("photo")
+        self.opener.add_class("stream")
         pin, reset = widgets.Button(description="pin this"), widgets.Button(description="reset")
         pin.on_click(self._pin)
-        reset.on_click(self._reset)
+        reset.on_click(lambda _: self.follow(""))
         said = "SLIM compresses a picture for a classifier. Slide the size of its file; drag the line in the picture."
         head = widgets.HTML(f"<h1>What does the machine still see?</h1> {said}")
         stage = _box("stage", _box("rate", self.size), self.picture)
@@ -404,18 +377,11 @@ class Page:
 
 def _box(kinds: str, *children: widgets.Widget) -> widgets.VBox:
     """Widgets in a box that the style sheet knows by its kinds."""
-    box = widgets.VBox(children)
-    for kind in kinds.split():
-        box.add_class(kind)
-    return box
+    return widgets.VBox(children, _dom_classes=kinds.split())
 
 
 def _choice(title: str, *options: str) -> widgets.RadioButtons:
     return widgets.RadioButtons(options=options, description=title, orientation="horizontal")
-
-
-def _words(guesses: dict[str, list[tuple[str, float]]]) -> str:
-    return ", ".join(f"{machine} says {top[0][0]}" for machine, top in guesses.items())
 
 
 def _url(image: Image.Image) -> str:

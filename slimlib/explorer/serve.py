@@ -70,6 +70,7 @@ def command(options: Options) -> int:
 
 def serve(port: int, browser: bool) -> None:
     """Run Voila on a notebook of one cell until it is interrupted."""
+    from jupyter_server import DEFAULT_STATIC_FILES_PATH
     from voila.app import Voila
 
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +84,10 @@ def serve(port: int, browser: bool) -> None:
         # Voila finds templates there, and this Python's own kernel before anybody else's.
         os.environ |= {"JUPYTER_PATH": folder, "JUPYTER_PREFER_ENV_PATH": "1"}
         options = [str(page), f"--port={port}", "--Voila.ip=127.0.0.1", "--template=explorer", *KERNELS]
-        Voila.launch_instance(options + ([] if browser else ["--no-browser"]), tornado_settings=SERVER)
+        Voila.launch_instance(
+            options + ([] if browser else ["--no-browser"]),
+            tornado_settings=SERVER | {"static_path": DEFAULT_STATIC_FILES_PATH},
+        )
 
 
 def benchmark(moves: int) -> None:
