@@ -198,10 +198,10 @@ def test_slider_thumbnails_address_and_back(tab: Tab) -> None:
     assert "size=64" in tab.page.url and "64 bytes" in tab.text(".rate .widget-readout")
     tab.press("ArrowRight", 3)
     assert "size=128" in tab.page.url
-    box = tab.page.locator(".rate .slider-container").bounding_box()
+    box = tab.page.locator(".rate .noUi-base").bounding_box()
     facts = [tab.page.locator(".facts > *").nth(i).bounding_box() for i in range(3)]
     tab.page.wait_for_timeout(1100)  # of a quick series of moves only the last one is kept
-    tab.after(lambda: tab.page.mouse.click(box["x"] + 0.99 * box["width"], box["y"] + box["height"] * 0.6))
+    tab.after(lambda: tab.page.mouse.click(box["x"] + 0.99 * box["width"], box["y"] + 10))
     assert "size=1024" in tab.page.url and "645 bytes" in tab.text(".summary")
     assert [tab.page.locator(".facts > *").nth(i).bounding_box() for i in range(3)] == facts, "nothing may jump"
     tab.page.wait_for_timeout(1100)
