@@ -58,7 +58,7 @@ function picture(model, el) { // the split picture, and whether anybody still an
       lost = true;
       model.widget_manager?.kernel?.dispose?.(); // or it would knock at the next server's door for minutes
     }
-    model.send({ beat: now });
+    try { model.send({ beat: now }); } catch { /* the page is about to go */ }
     const seconds = Math.round(Math.max(silent, waits) / 1000);
     const words = lost ? "Connection lost: the kernel or its server has ended. Start it if need be, then reload the page; the address keeps your settings."
       : silent > SILENT ? `No answer for ${seconds} s: the kernel is busy with something else, or gone. Wait, or reload the page; the address keeps your settings.`
