@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pandas
@@ -53,7 +54,7 @@ def models(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Explor
 
 @pytest.fixture(scope="module")
 def page(models: Explorer) -> Page:
-    return Page(models, query="")
+    return Page(models)
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -66,25 +67,7 @@ def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, int)
 
 
-# ---- settings, links, code
-
-
-def test_a_link_carries_all_settings() -> None:
-    settings = Settings(7, 0.25, 3, 120, "uniform", "a réd fox & <b>", 4_000_000_000)
-    assert Settings(**Settings.named(settings.query())) == settings
-    sized = replace(settings, size=96)
-    assert Settings.named(sized.query())["size"] == 96 and "quality" not in sized.query()
-    assert Settings.named(Settings(caption=None).query())["caption"] == ""
-    assert Settings.named("quality=0.1&colour=red&left=odd") == {"quality": 0.1}, "unknown names are ignored"
-
-
-WRONG = "quality=2 quality=nan quality=-1 seed=-1 seed=4294967296 steps=21 steps=x t0=1000 scene=1e3 size=-1"
-
-
-@pytest.mark.parametrize("query", WRONG.split())
-def test_a_wrong_link_is_refused(query: str) -> None:
-    with pytest.raises(ValueError, match="the link"):
-        Settings.named(query)
+# ---- code
 
 
 @pytest.mark.parametrize("photo", [False, True])
@@ -311,6 +294,13 @@ def table(page: Page) -> dict[str, Any]:
     return {row["name"]: row for row in page.facts.shown["rows"]}
 
 
+def move(page: Page, **values: Any) -> None:
+    """As a hand would; and wait for the answer."""
+    for name, value in values.items():
+        page.controls[name].value = value
+    assert page.wait()
+
+
 def test_the_first_page_is_complete_at_once(page: Page) -> None:
     rows = table(page)
     assert list(rows) == ["original", "before the UNet", "SLIM", "JPEG", "WebP", "AVIF"]
@@ -328,39 +318,39 @@ def test_every_control_changes_the_page(page: Page) -> None:
     moves = [("size", 1024), ("steps", 2), ("seed", 3), ("caption", "none"), ("scene", 14), ("weights", "uniform")]
     for name, value in moves:
         before, address = page.picture.shown["right"], page.picture.query
-        getattr(page, name).value = value
-        assert page.wait() and page.picture.shown["right"] != before and page.picture.query != address, name
+        move(page, **{name: value})
+        assert page.picture.shown["right"] != before and page.picture.query != address, name
     assert page.settings == Settings(14, 0.2, 2, None, "uniform", "", 3, 1024) == page.view.settings
     assert f"{page.view.report.size} bytes" in page.facts.shown["summary"] and not page.picture.doing
-    assert page.t0.disabled and page.t0.value == page.view.report.t0
-    page.auto_t0.value = False
-    page.t0.value = 300
-    assert page.wait() and page.view.report.t0 == 300 and not page.t0.disabled
+    t0 = page.controls["t0"]
+    assert t0.disabled and t0.value == page.view.report.t0 and "t0=" not in page.picture.query.replace("auto_t0", "")
+    move(page, auto_t0=False, t0=300)
+    assert page.view.report.t0 == 300 and not t0.disabled and "&t0=300" in page.picture.query
 
 
 def test_what_stands_left_and_over_the_picture(page: Page) -> None:
-    seen = set()
-    for name in page.left.options:
-        page.left.value = name
+    seen, names = set(), page.controls["left"].options
+    for name in names:
+        move(page, left=name)
         assert page.picture.shown["left"]["name"] == name
         seen.add(page.picture.shown["left"]["url"])
-    assert len(seen) == len(page.left.options) == 6 and "left=AVIF" in page.picture.query
-    page.over.value = "error"
-    assert page.picture.shown["over"]["url"] and page.left.value == "AVIF"
+    assert len(seen) == len(names) == 6 and "left=AVIF" in page.picture.query
+    move(page, over="error")
+    assert page.picture.shown["over"]["url"] and page.picture.shown["left"]["name"] == "AVIF"
     page._pin(None)
     held = page.picture.shown["right"]
-    page.size.value = 24
-    assert page.wait() and page.picture.shown["left"] == held | {"name": "pinned"} != page.picture.shown["right"]
+    move(page, size=24)
+    assert page.picture.shown["left"] == held | {"name": "pinned"} != page.picture.shown["right"]
     assert table(page)["pinned"]["bytes"] == held["bytes"]
 
 
 def test_words_typed_by_hand_are_sent(page: Page) -> None:
-    page.words.value = "a <b>banana</b>"
-    assert page.wait() and page.caption.value == "typed" and page.view.report.caption == "a <b>banana</b>"
-    page.words.value = "x" * 300
-    assert page.wait() and "200" in page.picture.said and not page.picture.doing, "the last answer stays"
-    page.caption.value = "automatic"
-    assert page.wait() and page.words.value == page.view.report.caption and not page.picture.said
+    move(page, words="a <b>banana</b>")
+    assert page.settings.caption == page.view.report.caption == "a <b>banana</b>"
+    move(page, words="x" * 300)
+    assert "200" in page.picture.said and not page.picture.doing, "the last answer stays"
+    move(page, caption="automatic")
+    assert page.controls["words"].value == page.view.report.caption and not page.picture.said
 
 
 def test_uploads_good_and_bad(page: Page) -> None:
@@ -372,14 +362,14 @@ def test_uploads_good_and_bad(page: Page) -> None:
     upload(page.camera, "words.png", b"words")
     assert page.wait() and "words.png cannot be opened" in page.picture.said
     assert page.view.report.width == 100 and page.camera.value == ()
-    page.size.value = 96
-    assert page.wait() and page.view.source is page.photo
+    move(page, size=96)
+    assert page.view.source is page.photo
     page._said(page.scenes, {"scene": 43}, [])
-    assert page.wait() and page.view.report.width == 128 and page.photo is None and page.scene.value == 43
+    assert page.wait() and page.view.report.width == 128 and page.photo is None and page.settings.scene == 43
 
 
 def test_save_and_open_again(page: Page) -> None:
-    page.follow("scene=9&size=192&t0=77&seed=5&caption=a+lion&weights=uniform")
+    page.follow("scene=9&size=192&t0=77&auto_t0=False&seed=5&caption=typed&words=a+lion&weights=uniform")
     assert page.wait()
     stream, after, report = page.view.stream, page.view.pictures["after"], page.view.report
     page.follow("scene=14")
@@ -396,22 +386,18 @@ def test_save_and_open_again(page: Page) -> None:
     assert (read.t0, read.seed, read.caption, read.weights) == (77, 5, "a lion", "uniform") and read.scene == 14
     upload(page.opener, "cut.slim", stream[:-1])
     assert page.wait() and "check sum" in page.picture.said
-    page.seed.value = 6
-    assert page.wait() and page.view.source is not None and page.view.report.t0 == report.t0, "about the scene again"
+    move(page, seed=6)
+    assert page.view.source is not None and page.view.report.t0 == report.t0, "about the scene again"
 
 
 def test_links(page: Page, models: Explorer) -> None:
     page.follow("")
-    assert page.wait() and replace(page.settings, steps=None) == Settings(size=64) and page.left.value == "original"
-    query = "size=256&steps=1&t0=100&caption=a+lion&scene=9&left=WebP&over=error&odd=1"
-    linked = Page(models, query)
-    assert linked.settings == Settings(9, 0.2, 1, 100, "stage 1", "a lion", 0, 256) == linked.view.settings
-    assert (linked.left.value, linked.over.value) == ("WebP", "error") and not linked.picture.said
-    again = Page(models, linked.picture.query)
-    assert again.settings == linked.settings and again.picture.query == linked.picture.query
-    for query, message in (("weights=stage+9", "not here"), ("scene=999999", "scene"), ("t0=-1", "the link")):
-        wrong = Page(models, query=query)
-        assert message in wrong.picture.said and wrong.view.done and wrong.settings.scene == 43
+    assert page.wait() and replace(page.settings, steps=None) == Settings(size=64)
+    move(page, size=256, steps=1, auto_t0=False, t0=100, words="a réd lion & <b>", scene=9, left="WebP", over="error")
+    linked = Page(models, **dict(parse_qsl(page.picture.query)))
+    assert linked.settings == page.settings == linked.view.settings and linked.picture.shown == page.picture.shown
+    linked.follow("size=100&odd=1&left=odd&weights=stage+9&scene=x&caption=none")
+    assert linked.wait() and linked.settings == Settings(steps=linked.settings.steps, size=64, caption="")
     sent: list[Any] = []
     widget = SimpleNamespace(send=sent.append)
     page._said(widget, {"query": "scene=14"}, [])
@@ -432,7 +418,7 @@ def test_command(models: Explorer, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(serve, "serve", lambda *given: calls.append((given, os.environ.get("OMP_WAIT_POLICY"))))
     assert serve.command(serve.Options(port=1234, browser=False)) == 0
     assert calls[0][0] == (1234, False) and calls[0][1].lower() == "passive"
-    monkeypatch.setattr("slimlib.explorer.page.Page", functools.partial(Page, models, ""))
+    monkeypatch.setattr("slimlib.explorer.page.Page", functools.partial(Page, models))
     assert serve.command(serve.Options(benchmark=True, moves=2)) == 0 and len(calls) == 1
     said = capsys.readouterr().out
     assert said.startswith("2 moves") and "finished picture: median" in said

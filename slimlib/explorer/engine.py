@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
 import matplotlib
 import numpy as np
@@ -45,8 +44,6 @@ LONG_SIDE = 256
 """Longest side, in pixels, at which a photograph is explored; the models know scenes of 128 px."""
 MAX_UPLOAD = 100_000_000
 """Most pixels of a photograph that is decoded at all."""
-LIMITS = {"scene": np.inf, "quality": 1, "steps": 20, "t0": 999, "seed": 2**32 - 1, "size": 100_000}
-"""Largest value of each number in `Settings`; the least is 0."""
 
 Guesses = dict[str, list[tuple[str, float]]]
 """What the machines ("A", "B") see: each one's five likeliest classes with their probabilities."""
@@ -64,30 +61,6 @@ class Settings:
     caption: str | None = "auto"  # any words; none if it is None or ""
     seed: int = 0  # of the decoder's noise
     size: int | None = None  # bytes: the highest quality whose file fits is taken in place of `quality`
-
-    def query(self) -> str:
-        """As the query of a link, such as "scene=43&quality=0.2&..."."""
-        values = asdict(self) | {"caption": self.caption or ""} | ({"quality": None} if self.size else {})
-        return urlencode({name: value for name, value in values.items() if value is not None})
-
-    @staticmethod
-    def named(query: str) -> dict[str, Any]:
-        """The reverse of `query`: what a link names, for `dataclasses.replace`; unknown names are ignored.
-
-        Raises:
-            ValueError: a value that is no number where one belongs, or is out of range.
-        """
-        known = asdict(Settings())
-        values: dict[str, Any] = {name: value for name, value in parse_qsl(query, True) if name in known}
-        for name in values.keys() & LIMITS.keys():
-            try:
-                number = float(values[name]) if name == "quality" else int(values[name])
-            except ValueError:
-                number = np.nan
-            if not 0 <= number <= LIMITS[name]:
-                raise ValueError(f"the link says {name}={values[name]}; expected a number from 0 to {LIMITS[name]}")
-            values[name] = number
-        return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,10 +189,10 @@ class Explorer:
         weights = next((w for w in self.weights if self.codec(w).fingerprint == wanted), self.weights[0])
         yield from self._decode(stream, Settings(weights=weights))
 
-    def rivals(self, source: Source, size: int, names: Iterable[str] = RIVALS) -> Iterator[Rival]:
+    def rivals(self, source: Source, size: int | None, names: Iterable[str] = RIVALS) -> Iterator[Rival]:
         """What others make of at most `size` bytes: classic codecs, and those of `pixel_codecs`."""
         for name in names:
-            yield self._rival(source, size, name)
+            yield self._rival(source, size or 0, name)
 
     def constants(self) -> dict[str, Any]:
         """What viewer.js draws whatever the answer: machines, colours, curves of notebook 07 if they are there."""

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from urllib.parse import parse_qs, urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import anywidget
 import ipywidgets as widgets
@@ -25,7 +25,7 @@ import torch
 import traitlets
 from PIL import Image
 
-from slimlib.explorer.engine import LIMITS, RIVALS, Explorer, Guesses, Rival, Settings, Source, View, first_of
+from slimlib.explorer.engine import RIVALS, Explorer, Guesses, Rival, Settings, Source, View, first_of
 from slimlib.measure.methods import CLASSIC_NAMES
 
 THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)
@@ -57,20 +57,21 @@ class Viewer(anywidget.AnyWidget):
 
 
 class Page:
-    """The whole page; show `page.box`. Controls are attributes, so that code can move them as a hand would.
+    """The whole page; show `page.box`.
 
     Attributes:
         box: what to display.
+        controls: by name, so that code can move them as a hand would.
         view: the answer on the page, or its first stage while the rest is worked on.
         answered: seconds from the last move to the first picture ("before") and to the finished one ("after").
     """
 
-    def __init__(self, explorer: Explorer | None = None, query: str = "") -> None:
+    def __init__(self, explorer: Explorer | None = None, **wanted: Any) -> None:
         """Build the page with a finished first answer in it.
 
         Args:
             explorer: the models; those that are shipped if None.
-            query: settings from a link (see `Settings.query`); under Voila live.js sends the address.
+            wanted: values for some of the controls.
         """
         self.photo: Source | None = None
         self.view: View | None = None
@@ -85,16 +86,15 @@ class Page:
         # there are more of them than the processor has cores, all of them take longer.
         self._worker = Newest(self._post)
         self.explorer: Explorer = explorer or self._worker.apart(Explorer)
-        self.defaults = Settings(weights=self.explorer.weights[0], size=64)
         self.compared = (*RIVALS, *self.explorer.pixel_codecs)
         self.names = [CLASSIC_NAMES.get(name, name) for name in self.compared]  # of the rivals
         self._build()
-        self.follow(query)
+        self._defaults = {name: control.value for name, control in self.controls.items()}
+        self._move(wanted)
+        self._ask()
         self._worker.wait()
-        for control in self._asking:
+        for control in self.controls.values():
             control.observe(self._changed, "value")
-        for control in (self.left, self.over):
-            control.observe(self._compared, "value")
         for upload in (self.camera, self.opener):
             upload.observe(self._uploaded, "value")
         with contextlib.suppress(RuntimeError):  # no kernel around: a script or a test
@@ -103,39 +103,22 @@ class Page:
     @property
     def settings(self) -> Settings:
         """What the controls say."""
-        return Settings(
-            scene=self.scene.value,
-            steps=self.steps.value,
-            t0=None if self.auto_t0.value else self.t0.value,
-            weights=self.weights.value,
-            caption={"automatic": "auto", "none": ""}.get(self.caption.value, self.words.value),
-            seed=self.seed.value,
-            size=self.size.value,
-        )
+        values = {name: control.value for name, control in self.controls.items()}
+        words = {"automatic": "auto", "none": ""}.get(values["caption"], values["words"])
+        t0 = None if values["auto_t0"] else values["t0"]
+        same = {name: values[name] for name in ("scene", "steps", "weights", "seed", "size")}
+        return Settings(**same, caption=words, t0=t0)
 
     def wait(self, timeout: float = 60) -> bool:
         """Until what was asked is answered, the other codecs too; for scripts. False if that takes longer."""
         return self._worker.wait(timeout)
 
     def follow(self, query: str) -> None:
-        """Show the settings of a link; the defaults, and a message, where they cannot be."""
-        said, settings = "", self.defaults
-        try:
-            settings = replace(settings, **Settings.named(query))
-            if settings.weights not in self.explorer.weights:
-                raise ValueError(f"the weights of {settings.weights} are not here")
-            if settings.scene > self.scene.max:
-                raise ValueError(f"there is no scene {settings.scene}, the last one is {self.scene.max}")
-        except ValueError as error:
-            said, settings = str(error), self.defaults
-        self.photo = None
-        self._set(settings)
-        with self._quietly():
-            for control, name in ((self.left, "left"), (self.over, "over")):
-                wanted = parse_qs(query).get(name, [""])[0]
-                control.value = wanted if wanted in control.options else control.options[0]
+        """Show what a link says, and the usual where it says nothing, or nothing that can be."""
+        self.photo, self.picture.said = None, ""
+        for values in (self._defaults, dict(parse_qsl(query))):
+            self._move(values)
         self._ask()
-        self.picture.said = said
 
     # ---- asking
 
@@ -146,36 +129,30 @@ class Page:
         yield
         self._quiet = before
 
-    def _set(self, settings: Settings) -> None:
-        """Move all controls at once."""
-        usual = self.explorer.codec(settings.weights).compressor.config
-        typed = settings.caption not in ("auto", "", None)
+    def _move(self, values: dict[str, Any]) -> None:
+        """Move some controls at once, by their names; values may be strings. What cannot be counts for nothing."""
         with self._quietly():
-            self.scene.value, self.seed.value, self.weights.value = settings.scene, settings.seed, settings.weights
-            self.size.value = min(SIZES, key=lambda size: abs(size - (settings.size or 0)))
-            self.steps.value = usual.steps if settings.steps is None else settings.steps
-            self.auto_t0.value = self.t0.disabled = settings.t0 is None
-            self.t0.value = usual.t0(settings.quality) if settings.t0 is None else settings.t0
-            self.caption.value = "typed" if typed else "automatic" if settings.caption else "none"
-            self.words.value = settings.caption if typed else ""
+            for name in values.keys() & self.controls.keys():
+                control, value = self.controls[name], values[name]
+                with contextlib.suppress(ValueError, traitlets.TraitError):
+                    is_flag = isinstance(control.value, bool)
+                    control.value = str(value) == "True" if is_flag else type(control.value)(value)
+        self.controls["t0"].disabled = self.controls["auto_t0"].value
 
     def _changed(self, change: Any) -> None:
+        """A hand moved a control."""
+        moved = next(name for name, control in self.controls.items() if control is change["owner"])
         if self._quiet:
             return
-        with self._quietly():
-            if change["owner"] is self.words:
-                self.caption.value = "typed"
-            if change["owner"] is self.scene:
-                self.photo = None
-        self.t0.disabled = self.auto_t0.value
+        if moved == "scene":
+            self.photo = None
+        self._move({"caption": "typed"} if moved == "words" else {})
         self.picture.said = ""
-        self._ask()
-
-    def _compared(self, _: Any) -> None:
-        """Something else shall stand left of the line, or over the picture."""
-        if not self._quiet:
+        if moved in ("left", "over"):
             self._address()
             self._draw()
+        else:
+            self._ask()
 
     def _ask(self, upload: tuple[bytes, str] | None = None) -> None:
         self._submit(functools.partial(self._answer, self.settings, self.photo, upload), "compressing")
@@ -183,9 +160,10 @@ class Page:
 
     def _address(self) -> None:
         """The link to what is shown; there is none to a photograph."""
+        values = {name: control.value for name, control in self.controls.items()}
+        usual = {"t0": values["auto_t0"], "words": values["caption"] != "typed"}
         if not self.photo:
-            compared = urlencode({"left": self.left.value, "over": self.over.value})
-            self.picture.query = f"{self.settings.query()}&{compared}"
+            self.picture.query = urlencode({name: value for name, value in values.items() if not usual.get(name)})
 
     def _answer(self, settings: Settings, photo: Source | None, upload: tuple[bytes, str] | None) -> Iterator[Any]:
         """The worker's job: a photograph that came in, the views, and what others make of as many bytes."""
@@ -193,8 +171,7 @@ class Page:
             photo = self.explorer.photo(*upload)
             yield photo
         yield from self.explorer.look(settings, photo)
-        source = photo or self.explorer.scene(settings.scene)
-        yield from self.explorer.rivals(source, settings.size or 0, self.compared)
+        yield from self.explorer.rivals(photo or self.explorer.scene(settings.scene), settings.size, self.compared)
 
     def _submit(self, job: Callable[[], Iterator[Any]], doing: str) -> None:
         self._asked, self.picture.doing = perf_counter(), doing
@@ -217,9 +194,8 @@ class Page:
     def _said(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
         """What live.js says: a sign of life is wanted, a thumbnail was pressed, or the address is another."""
         if "scene" in message:  # also the way back from a photograph or an opened file
-            with self._quietly():
-                self.scene.value = message["scene"]
-            self._changed({"owner": self.scene})
+            self._move(message)
+            self._changed({"owner": self.controls["scene"]})
         elif "query" in message:
             self.follow(message["query"])
             widget.send({"query": self.picture.query})
@@ -230,8 +206,9 @@ class Page:
         """What stands right of the line may stand left from now on."""
         self.rows["pinned"] = self.rows["SLIM"]
         with self._quietly():
-            self.left.options = tuple(dict.fromkeys([*self.left.options, "pinned"]))
-            self.left.value = "pinned"
+            left = self.controls["left"]
+            left.options = tuple(dict.fromkeys([*left.options, "pinned"]))
+            left.value = "pinned"
         self._draw()
 
     # ---- answers
@@ -277,15 +254,16 @@ class Page:
             known = {"original": ("", source.guesses, source.image), OBJECT: ("", {}, source.marked)}
             self.rows = known | self.rows | dict.fromkeys(self.names, ("", None, None))
         elif view.done:  # the controls show what an opened file says
-            same = {name: getattr(report, name) for name in ("quality", "steps", "t0", "seed", "size")}
-            self._set(replace(view.settings, scene=self.scene.value, caption=report.caption or "", **same))
+            size = min(SIZES, key=lambda size: abs(size - report.size))
+            caption = "typed" if report.caption else "none"
+            told = {name: getattr(report, name) for name in ("steps", "t0", "seed")} | {"words": report.caption or ""}
+            self._move({**told, "size": size, "caption": caption, "auto_t0": False, "weights": view.settings.weights})
         if pinned:
             self.rows["pinned"] = pinned
-        with self._quietly():
-            if self.auto_t0.value:
-                self.t0.value = report.t0
-            if self.caption.value != "typed":
-                self.words.value = report.caption or ""
+        if self.controls["auto_t0"].value:
+            self._move({"t0": report.t0})
+        if self.controls["caption"].value != "typed":
+            self._move({"words": report.caption or ""})
         self._draw()
 
     def _draw(self) -> None:
@@ -302,11 +280,11 @@ class Page:
             image = self.rows.get(name, (0, None, None))[2]
             return {**rows[name], "url": _url(image)} if image else None
 
-        over = view.pictures.get(OVER[self.over.value])
+        over = view.pictures.get(OVER[self.controls["over"].value])
         self.picture.shown = {
-            "left": side(self.left.value),
+            "left": side(self.controls["left"].value),
             "right": side("SLIM"),
-            "over": over and {"name": self.over.value, "url": _url(over)},
+            "over": over and {"name": self.controls["over"].value, "url": _url(over)},
         }
         said = [f"{report.size} bytes, {report.bpp:.3f} bits per pixel, "]
         said += [f"“{report.caption}”, " if report.caption else "no caption, "]
@@ -343,19 +321,21 @@ class Page:
         self.facts = Viewer(part="facts", known=self.explorer.constants())
         for viewer in (self.scenes, self.picture):
             viewer.on_msg(self._said)
-        self.size = widgets.SelectionSlider(
-            options=[(f"{size} bytes", size) for size in SIZES], description="Size of the file, at most"
-        )
-        self.left = _choice("Left of the line", "original", OBJECT, "before the UNet", *self.names)
-        self.over = _choice("Over the picture", *OVER)
-        self.caption = _choice("Caption that is sent", "automatic", "none", "typed")
-        self.words = widgets.Text(placeholder="type a caption, even a wrong one", description="words")
-        self.weights = _choice("Weights", *self.explorer.weights)
-        self.steps = widgets.IntSlider(max=LIMITS["steps"], description="steps K")
-        self.t0 = widgets.IntSlider(max=LIMITS["t0"], description="t0")
-        self.auto_t0 = widgets.Checkbox(description="t0 follows the quality", indent=False)
-        self.seed = widgets.BoundedIntText(max=LIMITS["seed"], description="seed")
-        self.scene = widgets.BoundedIntText(max=len(self.explorer.scenes) - 1, description="scene")
+        usual = self.explorer.codec(self.explorer.weights[0]).compressor.config
+        sizes = [(f"{size} bytes", size) for size in SIZES]
+        self.controls: dict[str, Any] = {
+            "size": widgets.SelectionSlider(options=sizes, value=64, description="Size of the file, at most"),
+            "left": _choice("Left of the line", "original", OBJECT, "before the UNet", *self.names),
+            "over": _choice("Over the picture", *OVER),
+            "caption": _choice("Caption that is sent", "automatic", "none", "typed"),
+            "words": widgets.Text(placeholder="type a caption, even a wrong one", description="words"),
+            "weights": _choice("Weights", *self.explorer.weights),
+            "steps": widgets.IntSlider(usual.steps, max=20, description="steps K"),
+            "t0": widgets.IntSlider(max=999, description="t0"),
+            "auto_t0": widgets.Checkbox(True, description="t0 follows the quality", indent=False),
+            "seed": widgets.BoundedIntText(max=2**32 - 1, description="seed"),
+            "scene": widgets.BoundedIntText(43, max=len(self.explorer.scenes) - 1, description="scene"),
+        }
         self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif", description="a photograph …", icon="")
         self.opener = widgets.FileUpload(accept=".slim", description="open .slim …", icon="")
         self.camera.add_class("photo")
@@ -365,14 +345,13 @@ class Page:
         reset.on_click(lambda _: self.follow(""))
         said = "SLIM compresses a picture for a classifier. Slide the size of its file; drag the line in the picture."
         head = widgets.HTML(f"<h1>What does the machine still see?</h1> {said}")
-        stage = _box("stage", _box("rate", self.size), self.picture)
-        choices = (self.left, self.over, self.caption, _box("row", self.words, pin, reset))
-        repair = _box("row number", self.steps, self.t0, self.auto_t0, self.seed)
-        files = _box("row number", self.scene, self.camera, self.opener)
-        side = _box("side", *choices, self.weights, repair, files, self.facts)
+        size, left, over, caption, words, weights, steps, t0, auto_t0, seed, scene = self.controls.values()
+        stage = _box("stage", _box("rate", size), self.picture)
+        compared = left, over, caption, _box("row", words, pin, reset), weights
+        repair = _box("row number", steps, t0, auto_t0, seed)
+        files = _box("row number", scene, self.camera, self.opener)
+        side = _box("side", *compared, repair, files, self.facts)
         self.box = _box("slim", head, self.scenes, _box("main", stage, side))
-        self._asking = [self.scene, self.size, self.steps, self.t0, self.auto_t0, self.weights, self.caption]
-        self._asking += [self.words, self.seed]
 
 
 def _box(kinds: str, *children: widgets.Widget) -> widgets.VBox:

@@ -97,12 +97,12 @@ def benchmark(moves: int) -> None:
     from slimlib.explorer.page import SIZES, Page
 
     page, times = Page(), []
-    others = [size for size in SIZES if size != page.size.value]
+    others = [size for size in SIZES if size != page.controls["size"].value]
     for size in itertools.islice(itertools.cycle(others), moves):
-        page.size.value = size
+        page.controls["size"].value = size
         page.wait()
         times.append([1000 * page.answered["before"], 1000 * page.answered["after"]])
     (first, finished), (late, last) = np.percentile(times, [50, 95], axis=0)
-    print(f"{len(times)} moves of the slider, K = {page.steps.value}")
+    print(f"{len(times)} moves of the slider, K = {page.settings.steps}")
     print(f"first picture and bytes: median {first:.0f} ms, 95th percentile {late:.0f} ms")
     print(f"finished picture: median {finished:.0f} ms, 95th percentile {last:.0f} ms")

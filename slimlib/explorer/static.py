@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from slimlib.explorer.engine import Explorer, Settings, View, curves_of, first_of
+from slimlib.explorer.engine import Explorer, Settings, curves_of, first_of
 from slimlib.measure.evaluation import RESULTS, read_table
 from slimlib.utils import write_file
 
@@ -68,7 +68,7 @@ def _choose(explorer: Explorer, settings: Settings, count: int, right: int) -> l
     for index in np.random.default_rng(0).permutation(len(explorer.scenes)).tolist():
         if not any(left.values()):
             break
-        view = _last(explorer.look(replace(settings, scene=index, quality=CHOICE)))
+        *_, view = explorer.look(replace(settings, scene=index, quality=CHOICE))
         hit = view.guesses["after"]["B"][0][0] == explorer.scene(index).truth
         if left[hit]:
             left[hit] -= 1
@@ -81,7 +81,8 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
     words, pictures, steps = {"right": source.caption, "wrong": wrong, "none": ""}, [source.image], []
     for quality in qualities:
         views = {
-            kind: _last(explorer.look(replace(settings, quality=quality, caption=text))) for kind, text in words.items()
+            kind: list(explorer.look(replace(settings, quality=quality, caption=text)))[-1]
+            for kind, text in words.items()
         }
         view = views["right"]
         rivals = list(explorer.rivals(source, view.report.size))
@@ -104,12 +105,6 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
     name = source.name.partition(": ")[2]
     known = {"name": name, "truth": source.truth, "words": words, "seen": first_of(source.guesses), "steps": steps}
     return known | {"sprite": _sprite(pictures)}
-
-
-def _last(views: Iterator[View]) -> View:
-    for view in views:  # noqa: B007 (the last one is finished)
-        pass
-    return view
 
 
 def _sprite(pictures: Sequence[Image.Image], columns: int = 8) -> str:
