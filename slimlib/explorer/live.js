@@ -34,9 +34,9 @@ function facts(model, el) {
 }
 
 function picture(model, el) { // the split picture, and whether anybody still answers
-  el.innerHTML = `<div class="view"></div><p class="said" role="alert"></p>`;
+  el.innerHTML = `<div class="view"></div><p class="said" role="status"></p>`;
   const [view, said] = el.children, show = splitViewer(view), served = document.body.dataset.voila;
-  let heard = Date.now(), moved = 0, asked = Date.now(), lost = false;
+  let heard = Date.now(), last = heard, asked = heard, moved = 0, lost = false;
 
   function draw() {
     for (const [side, what] of Object.entries(model.get("shown"))) {
@@ -53,17 +53,17 @@ function picture(model, el) { // the split picture, and whether anybody still an
   async function beat() { // every second: ask for a sign of life, and say what is the matter
     if (lost) return;
     const now = Date.now(), doing = model.get("doing"), silent = now - heard, waits = doing ? now - asked : 0;
-    if (document.hidden || silent > 3 * LOST) heard = now; // asleep: nobody could have answered
+    if (document.hidden || now - last > SILENT) heard = asked = now; // the page itself slept
     else if (silent > LOST && (await gone())) {
       lost = true;
       model.widget_manager?.kernel?.dispose?.(); // or it would knock at the next server's door for minutes
     }
+    last = now;
     try { model.send({ beat: now }); } catch { /* the page is about to go */ }
-    const seconds = Math.round(Math.max(silent, waits) / 1000);
     const words = lost ? "Connection lost: the kernel or its server has ended. Start it if need be, then reload the page; the address keeps your settings."
-      : silent > SILENT ? `No answer for ${seconds} s: the kernel is busy with something else, or gone. Wait, or reload the page; the address keeps your settings.`
-      : waits > SILENT ? `Still at work after ${seconds} s (${doing}): something else uses the processor, too. Wait, or take fewer steps K.`
-      : waits > PATIENCE ? model.get("doing") : model.get("said");
+      : silent > SILENT ? "No answer for more than 3 s: the kernel is busy with something else, or gone. Wait, or reload the page; the address keeps your settings."
+      : waits > SILENT ? `No answer yet after more than 3 s (${doing}): something else uses the processor, too. Wait, or take fewer steps K.`
+      : waits > PATIENCE ? doing : model.get("said");
     if (said.textContent !== words) said.textContent = words;
     const page = el.closest(".slim");
     page?.classList.toggle("late", lost || silent > SILENT || waits > SILENT);
@@ -73,7 +73,7 @@ function picture(model, el) { // the split picture, and whether anybody still an
   model.on("change:shown", draw);
   model.on("change:doing change:said", () => {
     heard = Date.now();
-    if (model.get("doing") && !model.previous?.("doing")) asked = Date.now();
+    if (!model.get("doing").startsWith("UNet")) asked = Date.now();
     view.classList.toggle("old", Boolean(model.get("doing")));
     said.textContent = model.get("said");
   });

@@ -122,28 +122,22 @@ class Page:
 
     # ---- asking
 
-    @contextlib.contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Controls that move meanwhile ask for nothing."""
-        before, self._quiet = self._quiet, True
-        yield
-        self._quiet = before
-
     def _move(self, values: dict[str, Any]) -> None:
-        """Move some controls at once, by their names; values may be strings. What cannot be counts for nothing."""
-        with self._quietly():
-            for name in values.keys() & self.controls.keys():
-                control, value = self.controls[name], values[name]
-                with contextlib.suppress(ValueError, traitlets.TraitError):
-                    is_flag = isinstance(control.value, bool)
-                    control.value = str(value) == "True" if is_flag else type(control.value)(value)
+        """Move some controls by their names, and ask for nothing. Values may be strings; what cannot be is left out."""
+        before, self._quiet = self._quiet, True
+        for name in values.keys() & self.controls.keys():
+            control, value = self.controls[name], values[name]
+            with contextlib.suppress(ValueError, traitlets.TraitError):
+                is_flag = isinstance(control.value, bool)
+                control.value = str(value) == "True" if is_flag else type(control.value)(value)
+        self._quiet = before
         self.controls["t0"].disabled = self.controls["auto_t0"].value
 
     def _changed(self, change: Any) -> None:
         """A hand moved a control."""
-        moved = next(name for name, control in self.controls.items() if control is change["owner"])
         if self._quiet:
             return
+        moved = next(name for name, control in self.controls.items() if control is change["owner"])
         if moved == "scene":
             self.photo = None
         self._move({"caption": "typed"} if moved == "words" else {})
@@ -204,11 +198,9 @@ class Page:
 
     def _pin(self, _: Any) -> None:
         """What stands right of the line may stand left from now on."""
-        self.rows["pinned"] = self.rows["SLIM"]
-        with self._quietly():
-            left = self.controls["left"]
-            left.options = tuple(dict.fromkeys([*left.options, "pinned"]))
-            left.value = "pinned"
+        self.rows["pinned"], left = self.rows["SLIM"], self.controls["left"]
+        left.options = tuple(dict.fromkeys([*left.options, "pinned"]))
+        left.value = "pinned"
         self._draw()
 
     # ---- answers
