@@ -54,7 +54,9 @@ def models(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Explor
 
 @pytest.fixture(scope="module")
 def page(models: Explorer) -> Page:
-    return Page(models)
+    page = Page(models)
+    assert page.wait()
+    return page
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -391,6 +393,7 @@ def test_links(page: Page, models: Explorer) -> None:
     assert page.wait() and replace(page.settings, steps=None) == Settings(size=64)
     move(page, size=256, steps=1, auto_t0=False, t0=100, words="a réd lion & <b>", scene=9, left="WebP", over="error")
     linked = Page(models, **dict(parse_qsl(page.picture.query)))
+    assert linked.wait()
     assert linked.settings == page.settings == linked.view.settings and linked.picture.shown == page.picture.shown
     linked.follow("size=100&odd=1&left=odd&weights=stage+9&scene=x&caption=none")
     assert linked.wait() and linked.settings == Settings(steps=linked.settings.steps, size=64, caption="")

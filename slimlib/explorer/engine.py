@@ -123,6 +123,7 @@ class Explorer:
         scale, first = Scale.from_name(self.folder), self.codec(self.weights[0])
         self.machines: dict[str, Machine] = {"A": first.machine, "B": load_machine(scale.machine_b, first.ldm.device)}
         self.scenes = PocketScenes("test", scale.size)
+        self._trial = functools.lru_cache(1024)(self.compress)  # the search for a size begins alike for all sizes
         self._rival = functools.lru_cache(256)(self._rival)  # type: ignore[method-assign]  # most moves keep the size
 
     # ---- what can be looked at
@@ -158,16 +159,15 @@ class Explorer:
 
     def compress(self, settings: Settings, photo: Source | None = None) -> bytes:
         """The file: to the byte what `code` makes, for `size` at the quality that is found."""
+        if settings.size:
+            free = replace(settings, size=None)
+            return largest_within(
+                lambda step: self._trial(replace(free, quality=step / 255), photo), 255, settings.size
+            )
         source = photo or self.scene(settings.scene)
         caption = source.caption if settings.caption == "auto" else settings.caption
         codec = self.codec(settings.weights)
-
-        def encode(quality: float) -> bytes:
-            return codec.compress(source.image, quality, caption, settings.steps, settings.seed, settings.t0)
-
-        if not settings.size:
-            return encode(settings.quality)
-        return largest_within(lambda step: encode(step / 255), 255, settings.size)
+        return codec.compress(source.image, settings.quality, caption, settings.steps, settings.seed, settings.t0)
 
     def look(self, settings: Settings, photo: Source | None = None) -> Iterator[View]:
         """Compress and decode, in stages: bytes and the picture before the UNet, each step, the finished picture.

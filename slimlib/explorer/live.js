@@ -31,6 +31,7 @@ function facts(model, el) {
   link.onclick = () => navigator.clipboard?.writeText(location.href);
   model.on("change:shown", draw);
   draw();
+  model.send({ hello: true });
 }
 
 function picture(model, el) { // the split picture, and whether anybody still answers

@@ -67,7 +67,7 @@ class Page:
     """
 
     def __init__(self, explorer: Explorer | None = None, **wanted: Any) -> None:
-        """Build the page with a finished first answer in it.
+        """Build the page with a first answer in it; what the rivals make of it follows.
 
         Args:
             explorer: the models; those that are shipped if None.
@@ -91,14 +91,18 @@ class Page:
         self._build()
         self._defaults = {name: control.value for name, control in self.controls.items()}
         self._move(wanted)
-        self._ask()
+        settings = self.settings
+        self._submit(lambda: self.explorer.look(settings), "compressing")
         self._worker.wait()
+        self._address()
         for control in self.controls.values():
             control.observe(self._changed, "value")
         for upload in (self.camera, self.opener):
             upload.observe(self._uploaded, "value")
         with contextlib.suppress(RuntimeError):  # no kernel around: a script or a test
             self._loop = asyncio.get_running_loop()
+        source = self.explorer.scene(settings.scene)
+        self._submit(lambda: self.explorer.rivals(source, settings.size, self.compared), "")
 
     @property
     def settings(self) -> Settings:
@@ -193,6 +197,8 @@ class Page:
         elif "query" in message:
             self.follow(message["query"])
             widget.send({"query": self.picture.query})
+        elif "hello" in message:  # what came while the page was loading may be lost
+            widget.send_state("shown")
         else:
             widget.send({})
 
@@ -311,7 +317,7 @@ class Page:
         self.scenes = Viewer(part="scenes", shown={"pictures": pictures, "on": None})
         self.picture = Viewer(part="picture")
         self.facts = Viewer(part="facts", known=self.explorer.constants())
-        for viewer in (self.scenes, self.picture):
+        for viewer in (self.scenes, self.picture, self.facts):
             viewer.on_msg(self._said)
         usual = self.explorer.codec(self.explorer.weights[0]).compressor.config
         sizes = [(f"{size} bytes", size) for size in SIZES]
