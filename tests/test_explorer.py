@@ -344,6 +344,8 @@ def test_what_stands_left_and_over_the_picture(page: Page) -> None:
     move(page, size=24)
     assert page.picture.shown["left"] == held | {"name": "pinned"} != page.picture.shown["right"]
     assert table(page)["pinned"]["bytes"] == held["bytes"]
+    move(page, scene=9)
+    assert "pinned" not in table(page) and page.picture.shown["left"]["name"] == "original", "it was another picture"
 
 
 def test_words_typed_by_hand_are_sent(page: Page) -> None:

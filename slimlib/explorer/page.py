@@ -241,7 +241,8 @@ class Page:
         if view.step and not view.done:
             self.picture.doing = f"UNet, step {view.step} of {report.steps}"
             return
-        self.view, pinned = view, self.rows.get("pinned")
+        pinned = self.rows.get("pinned") if self.view and self.view.source is source else None  # of the same picture
+        self.view = view
         if newest:
             self.answered["after" if view.done else "before"] = perf_counter() - self._asked
             self.picture.doing = "" if view.done else "UNet"
@@ -258,6 +259,8 @@ class Page:
             self._move({**told, "size": size, "caption": caption, "auto_t0": False, "weights": view.settings.weights})
         if pinned:
             self.rows["pinned"] = pinned
+        elif self.controls["left"].value == "pinned":
+            self._move({"left": "original"})
         if self.controls["auto_t0"].value:
             self._move({"t0": report.t0})
         if self.controls["caption"].value != "typed":
