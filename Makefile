@@ -29,7 +29,8 @@ tutorial: $(STAMP) ## execute the numbered notebooks in order, into runs/<date>_
 
 lab: $(STAMP) ## open JupyterLab on the notebooks
 	@# the limit is what a photograph brought to the explorer may have; without it Lab drops more than 10 MB in silence
-	$(PY) -m jupyterlab "--ServerApp.tornado_settings={'websocket_max_message_size': 268435456}" $(LAB_FLAGS) notebooks
+	@# threads that wait for work sleep: while they spin, other programs slow the explorer down many times over
+	OMP_WAIT_POLICY=passive $(PY) -m jupyterlab "--ServerApp.tornado_settings={'websocket_max_message_size': 268435456}" $(LAB_FLAGS) notebooks
 
 explorer: $(STAMP) ## open the bitrate explorer as a web page on this machine
 	$(PY) -m slimlib explore $(ARGS)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pandas
@@ -23,10 +24,20 @@ import torch
 from PIL import Image
 from tiny_codec import TINY, make_world, picture
 
+from slimlib.__main__ import main
 from slimlib.compressor import LatentCompressor
 from slimlib.explorer import serve
-from slimlib.explorer.engine import Curves, Explorer, Settings, bits_picture, error_picture, largest_within, roi_picture
-from slimlib.explorer.page import BUDGET, EXPLORE, Newest, Page
+from slimlib.explorer.engine import (
+    Explorer,
+    Settings,
+    bits_picture,
+    curves_of,
+    error_picture,
+    largest_within,
+    roi_picture,
+)
+from slimlib.explorer.page import PHOTO, Newest, Page
+from slimlib.measure.baselines import CODECS, encode_classic
 from slimlib.stream import StreamError
 
 
@@ -43,7 +54,9 @@ def models(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Explor
 
 @pytest.fixture(scope="module")
 def page(models: Explorer) -> Page:
-    return Page(models, query="")
+    page = Page(models)
+    assert page.wait()
+    return page
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -56,23 +69,7 @@ def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, int)
 
 
-# ---- settings, links, code
-
-
-def test_a_link_carries_all_settings() -> None:
-    settings = Settings(7, 0.25, 3, 120, "uniform", "a réd fox & <b>", 4_000_000_000)
-    assert Settings(**Settings.named(settings.query())) == settings
-    assert Settings.named(Settings(caption=None).query())["caption"] == ""
-    assert Settings.named("quality=0.1") == {"quality": 0.1}
-
-
-WRONG = "quality=2 quality=nan quality=-1 seed=-1 seed=4294967296 steps=21 steps=x t0=1000 colour=red scene=1e3"
-
-
-@pytest.mark.parametrize("query", WRONG.split())
-def test_a_wrong_link_is_refused(query: str) -> None:
-    with pytest.raises(ValueError, match="the link"):
-        Settings.named(query)
+# ---- code
 
 
 @pytest.mark.parametrize("photo", [False, True])
@@ -134,13 +131,13 @@ def test_weights_share_one_diffusion_model_and_a_picture_is_encoded_once(
     assert len(calls) == 3 and files[0] == files[3] != files[2]
 
 
-def test_within_a_budget(models: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_within_so_many_bytes(models: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = SimpleNamespace(decompress=lambda data: Image.new("RGB", (9, len(data))))
     toy.compress = lambda image, quality: bytes(round(255 * quality) * 5)
     monkeypatch.setattr(models, "pixel_codecs", {"hyperprior": toy})
     photo = models.photo(file_of(picture(48, 32)), "small.png")
-    found = {each.name: each for each in models.budget(Settings(), 701, photo)}
-    assert list(found) == ["SLIM, stage 1", "hyperprior", "JPEG", "WebP", "AVIF", "JPEG XL", "JPEG 2000"]
+    found = {each.name: each for each in models.rivals(photo, 701, ("hyperprior", *CODECS))}
+    assert list(found) == ["hyperprior", "JPEG", "WebP", "AVIF", "JPEG XL", "JPEG 2000"]
     assert all(each.size <= 701 and each.fits for each in found.values())
     assert found["hyperprior"].image.size == (9, 700)
     tight = next(models.rivals(photo, 60))
@@ -148,6 +145,24 @@ def test_within_a_budget(models: Explorer, monkeypatch: pytest.MonkeyPatch) -> N
     sizes = [next(models.rivals(models.scene(5), size, ["webp"])) for size in (100, 400)]  # shrunk, and as it is
     errors = [np.square(levels(each.image) - levels(models.scene(5).image)).mean() for each in sizes]
     assert errors[1] < errors[0] and all(each.fits for each in sizes)
+    smallest, largest = (len(models.compress(Settings(quality=quality))) for quality in (0, 1))
+    size = (smallest + largest) // 2
+    stream = models.compress(Settings(size=size))
+    quality = models.codec("stage 1").inspect(stream).quality
+    assert len(stream) <= size < len(models.compress(Settings(quality=quality + 1 / 255)))
+    assert len(models.compress(Settings(size=1))) == smallest
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_classic_codecs_are_given_bare_pixels(models: Explorer, codec: str) -> None:
+    """What else an uploaded file says (a colour profile, a comment, where it was taken) would be written along."""
+    image, exif = picture(64, 48), Image.Exif()
+    exif[0x010E] = "a comment " * 300
+    burdened = file_of(image, "PNG", icc_profile=b"profile" * 700, exif=exif)
+    assert len(burdened) > 7000
+    bare, photo = models.photo(file_of(image), "a.png"), models.photo(burdened, "b.png")
+    assert encode_classic(photo.image, codec, 50) == encode_classic(bare.image, codec, 50)
+    assert encode_classic(Image.open(io.BytesIO(burdened)), codec, 50) == encode_classic(image, codec, 50)
 
 
 def test_bisection_finds_the_largest_that_fits() -> None:
@@ -187,18 +202,10 @@ def test_box_and_outline_leave_the_rest_alone() -> None:
     assert (boxed[14:90, 24:110] == plain[14:90, 24:110]).all()
 
 
-def test_a_file_has_its_place_on_the_curves() -> None:
+def test_curves_are_those_of_the_plain_methods_by_rate() -> None:
     points = [("SLIM", "", 0.1, 90), ("SLIM", "", 0.01, 20), ("SLIM", "no caption", 1, 50), ("SLIM, LoRA", "", 1, 50)]
-    curves = Curves(pandas.DataFrame(points, columns=["method", "variant", "bpp", "top1_b"]))
-    assert Image.open(io.BytesIO(curves.png)).size == (744, 472)
-    left, low, middle, high = (curves.place("SLIM", bpp) for bpp in (0.0001, 0.01, 10**-1.5, 0.1))
-    assert 0 < left[0] < low[0] < middle[0] < high[0] < 1 and high[1] < middle[1] < low[1] == left[1]
-    assert [place[2] for place in (left, low, middle, high)] == pytest.approx([20, 20, 55, 90])
-    assert middle[0] == pytest.approx((low[0] + high[0]) / 2), "rates are on a logarithmic axis"
-    pixels = levels(Image.open(io.BytesIO(curves.png)).convert("RGB"))
-    colour = pixels[round(low[1] * 472), round(low[0] * 744)]
-    assert np.ptp(colour) > 30, "there the picture has a mark of the curve, not white"
-    assert curves.place("SLIM, LoRA", 0.1) is None
+    curves = curves_of(pandas.DataFrame(points, columns=["method", "variant", "bpp", "top1_b"]))
+    assert list(curves) == ["SLIM"] and curves["SLIM"].bpp.tolist() == [0.01, 0.1]
 
 
 # ---- photographs
@@ -285,112 +292,142 @@ def upload(control: Any, name: str, data: bytes) -> None:
     control.value = (file,)
 
 
-def faded(page: Page) -> bool:
-    return any("slim-old" in figure._dom_classes for figure in (page.figures | page.rivals | page.budgeted).values())
+def table(page: Page) -> dict[str, Any]:
+    return {row["name"]: row for row in page.facts.shown["rows"]}
+
+
+def move(page: Page, **values: Any) -> None:
+    """As a hand would; and wait for the answer."""
+    for name, value in values.items():
+        page.controls[name].value = value
+    assert page.wait()
 
 
 def test_the_first_page_is_complete_at_once(page: Page) -> None:
-    assert all(len(figure.value) > 400 for figure in (page.figures | page.rivals).values()), "no picture is missing"
-    assert all("bytes" in figure.value for figure in page.rivals.values()) and not faded(page)
-    assert f"same {page.view.report.size} bytes" in page.within.value and set(page.answered) == {"before", "after"}
-    assert "43: a red fox" in page.figures["original"].value and "white: object" in page.figures["original"].value
-    assert [("slim-on" in thumb._dom_classes) for thumb in page.thumbs] == [True] + [False] * 11
-    for name, guesses in page.view.guesses.items():
-        for machine, ((first, _), *_) in guesses.items():
-            mark = "✓" if first == page.view.source.truth else "✗"
-            assert f"{machine}: <span" in page.figures[name].value and f"{mark} {first}" in page.figures[name].value
-    assert page.top5.value.count("<td>") == 30 and "%</span>" in page.top5.value and "–" not in page.top5.value
+    rows = table(page)
+    assert list(rows) == ["original", "before the UNet", "SLIM", "JPEG", "WebP", "AVIF"]
+    assert all(set(row["seen"]) == {"A", "B"} for row in rows.values()) and not page.picture.doing
+    assert rows["SLIM"]["bytes"] == page.view.report.size and set(page.answered) == {"before", "after"}
+    for name, guesses in (("original", page.view.source.guesses), ("SLIM", page.view.guesses["after"])):
+        assert all(rows[name]["seen"][m][0] == top[0][0] for m, top in guesses.items())
+    assert page.facts.shown["title"] == "a red fox" and page.facts.shown["truth"] == "fox"
+    assert page.scenes.shown["on"] == 43 and len(page.scenes.shown["pictures"]) == 12
+    assert page.picture.shown["left"]["name"] == "original" and page.picture.shown["right"]["name"] == "SLIM"
+    assert sum(page.facts.shown["parts"].values()) == pytest.approx(page.view.report.size, abs=0.3)
 
 
 def test_every_control_changes_the_page(page: Page) -> None:
-    moves = [("quality", 0.9), ("steps", 2), ("seed", 3), ("caption", "none"), ("scene", 14), ("weights", "uniform")]
+    moves = [("size", 1024), ("steps", 2), ("seed", 3), ("caption", "none"), ("scene", 14), ("weights", "uniform")]
     for name, value in moves:
-        before = page.figures["after"].value, page.summary.value
-        getattr(page, name).value = value
-        assert page.wait() and (page.figures["after"].value, page.summary.value) != before, name
-    assert page.settings == Settings(14, 0.9, 2, None, "uniform", "", 3) == page.view.settings
-    assert f"{page.view.report.size} bytes" in page.summary.value and not faded(page)
-    assert page.t0.disabled and page.t0.value == page.view.report.t0
-    page.auto_t0.value = False
-    page.t0.value = 300
-    assert page.wait() and page.view.report.t0 == 300 and not page.t0.disabled
+        before, address = page.picture.shown["right"], page.picture.query
+        move(page, **{name: value})
+        assert page.picture.shown["right"] != before and page.picture.query != address, name
+    assert page.settings == Settings(14, 0.2, 2, None, "uniform", "", 3, 1024) == page.view.settings
+    assert f"{page.view.report.size} bytes" in page.facts.shown["summary"] and not page.picture.doing
+    t0 = page.controls["t0"]
+    assert t0.disabled and t0.value == page.view.report.t0 and "t0=" not in page.picture.query.replace("auto_t0", "")
+    move(page, auto_t0=False, t0=300)
+    assert page.view.report.t0 == 300 and not t0.disabled and "&t0=300" in page.picture.query
 
 
-def test_words_typed_by_hand_are_sent_and_shown_as_text(page: Page) -> None:
-    page.words.value = "a <b>banana</b>"
-    assert page.wait() and page.caption.value == "typed" and page.view.report.caption == "a <b>banana</b>"
-    everything = page.summary.value + page.share.value + page.top5.value
-    assert "<b>banana" not in everything and "&lt;b&gt;banana" in page.summary.value
-    page.words.value = "x" * 300
-    assert page.wait() and "200" in page.message.value and not faded(page), "the last answer stays"
-    page.caption.value = "automatic"
-    assert page.wait() and page.words.value == page.view.report.caption and "200" not in page.message.value
+def test_what_stands_left_and_over_the_picture(page: Page) -> None:
+    seen, names = set(), page.controls["left"].options
+    for name in names:
+        move(page, left=name)
+        assert page.picture.shown["left"]["name"] == name
+        seen.add(page.picture.shown["left"]["url"])
+    assert len(seen) == len(names) == 6 and "left=AVIF" in page.picture.query
+    move(page, over="error")
+    assert page.picture.shown["over"]["url"] and page.picture.shown["left"]["name"] == "AVIF"
+    page._pin(None)
+    held = page.picture.shown["right"]
+    move(page, size=24)
+    assert page.picture.shown["left"] == held | {"name": "pinned"} != page.picture.shown["right"]
+    assert table(page)["pinned"]["bytes"] == held["bytes"]
+    move(page, scene=9)
+    assert "pinned" not in table(page) and page.picture.shown["left"]["name"] == "original", "it was another picture"
+
+
+def test_words_typed_by_hand_are_sent(page: Page) -> None:
+    move(page, words="a <b>banana</b>")
+    assert page.settings.caption == page.view.report.caption == "a <b>banana</b>"
+    move(page, words="x" * 300)
+    assert "200" in page.picture.said and not page.picture.doing, "the last answer stays"
+    move(page, caption="automatic")
+    assert page.controls["words"].value == page.view.report.caption and not page.picture.said
 
 
 def test_uploads_good_and_bad(page: Page) -> None:
+    address = page.picture.query
     upload(page.camera, "mine.png", file_of(picture(100, 60)))
-    assert page.wait() and "100 x 60" in page.message.value and page.view.report.width == 100
-    assert "white: object" not in page.figures["original"].value and "mine.png_q" in page.share.value
-    upload(page.camera, "<i>words</i>.png", b"words")
-    assert page.wait() and "&lt;i&gt;words&lt;/i&gt;.png cannot be opened" in page.message.value
+    assert page.wait() and "100 x 60" in page.facts.shown["summary"] and page.view.report.width == 100
+    assert PHOTO.format(6) in page.facts.shown["summary"] and page.facts.shown["bpp"] is None
+    assert page.facts.shown["file"].startswith("mine.png_") and page.picture.query == address
+    upload(page.camera, "words.png", b"words")
+    assert page.wait() and "words.png cannot be opened" in page.picture.said
     assert page.view.report.width == 100 and page.camera.value == ()
-    page.quality.value = 0.33
-    assert page.wait() and page.view.source is page.photo
-    page.thumbs[0].click()
-    assert page.wait() and page.view.report.width == 128 and page.photo is None and page.scene.value == 43
+    move(page, size=96)
+    assert page.view.source is page.photo
+    page._said(page.scenes, {"scene": 43}, [])
+    assert page.wait() and page.view.report.width == 128 and page.photo is None and page.settings.scene == 43
 
 
 def test_save_and_open_again(page: Page) -> None:
-    stream, after = page.view.stream, page.view.pictures["after"]
+    page.follow("scene=9&size=192&t0=77&auto_t0=False&seed=5&caption=typed&words=a+lion&weights=uniform")
+    assert page.wait()
+    stream, after, report = page.view.stream, page.view.pictures["after"], page.view.report
+    page.follow("scene=14")
+    assert page.wait()
     upload(page.opener, "saved.slim", stream)
     assert page.wait() and page.view.source is None and page.view.pictures["after"].tobytes() == after.tobytes()
-    assert "opened_q" in page.share.value and "code" not in page.share.value and not faded(page)
+    shown = page.facts.shown
+    assert (shown["title"], shown["code"], list(table(page))[:2]) == ("saved.slim", "", ["before the UNet", "SLIM"])
+    read = page.settings
+    assert (read.t0, read.seed, read.caption, read.weights) == (77, 5, "a lion", "uniform") and read.scene == 14
     upload(page.opener, "cut.slim", stream[:-1])
-    assert page.wait() and "check sum" in page.message.value
-    page.thumbs[1].click()
-    assert page.wait() and page.view.source is not None
+    assert page.wait() and "check sum" in page.picture.said
+    move(page, seed=6)
+    assert page.view.source is not None and page.view.report.t0 == report.t0, "about the scene again"
 
 
-def test_the_budget_tab(page: Page) -> None:
-    page.tab.value = BUDGET
-    page.size.value = 300
-    assert page.wait() and all("bytes" in figure.value for name, figure in page.budgeted.items() if name != "Original")
-    assert "A: " in page.budgeted["Original"].value and "needs" in page.budgeted["AVIF"].value
-    assert page._explore.layout.display == "none" != page._budget.layout.display and page.quality.disabled
-    page.tab.value = EXPLORE
-    assert page.wait() and page._explore.layout.display != "none" and not page.quality.disabled and not faded(page)
-
-
-def test_reset_and_links(page: Page, models: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    page.quality.value, page.seed.value = 0.77, 12
-    page._reset()
-    assert page.wait() and replace(page.settings, steps=None) == Settings() and "link to" not in page.share.value
-    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5")
-    monkeypatch.setenv("QUERY_STRING", "quality=0.25&steps=1&t0=100&caption=a+lion&scene=9")
-    linked = Page(models)
-    assert linked.settings == Settings(9, 0.25, 1, 100, "stage 1", "a lion", 0) == linked.view.settings
-    assert "?scene=9&amp;quality=0.25" in linked.share.value
-    for query, message in (("weights=stage+9", "not here"), ("scene=999999", "scene"), ("t0=-1", "the link")):
-        wrong = Page(models, query=query)
-        assert message in wrong.message.value and wrong.view.done and wrong.settings.scene == 43
+def test_links(page: Page, models: Explorer) -> None:
+    page.follow("")
+    assert page.wait() and replace(page.settings, steps=None) == Settings(size=64)
+    move(page, size=256, steps=1, auto_t0=False, t0=100, words="a réd lion & <b>", scene=9, left="WebP", over="error")
+    linked = Page(models, **dict(parse_qsl(page.picture.query)))
+    assert linked.wait()
+    assert linked.settings == page.settings == linked.view.settings and linked.picture.shown == page.picture.shown
+    linked.follow("size=100&odd=1&left=odd&weights=stage+9&scene=x&caption=none")
+    assert linked.wait() and linked.settings == Settings(steps=linked.settings.steps, size=64, caption="")
+    sent: list[Any] = []
+    widget = SimpleNamespace(send=sent.append)
+    page._said(widget, {"query": "scene=14"}, [])
+    page._said(widget, {"beat": 1}, [])
+    assert page.wait() and page.view.settings.scene == 14 and sent == [{"query": page.picture.query}, {}]
 
 
 # ---- the server
 
 
 def test_the_server_needs_no_torch() -> None:
-    code = "import sys, slimlib.explorer.serve; assert 'torch' not in sys.modules"
+    code = "import os, sys, slimlib.explorer.serve; assert 'torch' not in sys.modules and os.environ['OMP_WAIT_POLICY']"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_command(models: Explorer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     calls = []
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is taken away again in the end
-    monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(serve, "serve", lambda *given: calls.append((given, os.environ.get("OMP_WAIT_POLICY"))))
     assert serve.command(serve.Options(port=1234, browser=False)) == 0
-    assert calls == [((1234, False), "passive")]
-    monkeypatch.setattr("slimlib.explorer.page.Page", functools.partial(Page, models, ""))
+    assert calls[0][0] == (1234, False) and calls[0][1].lower() == "passive"
+    monkeypatch.setattr("slimlib.explorer.page.Page", functools.partial(Page, models))
     assert serve.command(serve.Options(benchmark=True, moves=2)) == 0 and len(calls) == 1
     said = capsys.readouterr().out
     assert said.startswith("2 moves") and "finished picture: median" in said
+
+
+@pytest.mark.parametrize("words", ["--port 99999", "--port 0", "--benchmark --moves 0"])
+def test_a_wrong_option_is_said_in_one_line(words: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(main(["explore", *words.split()]))
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code and "is not a number from 1 to" in said.splitlines()[-1] and "Traceback" not in said

@@ -9,17 +9,15 @@ from __future__ import annotations
 import functools
 import io
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
-import matplotlib.style
+import matplotlib
 import numpy as np
 import pandas
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, UnidentifiedImageError
 from torch import Tensor
 
@@ -28,9 +26,10 @@ from slimlib.data.scenes import CLASSES, PocketScenes
 from slimlib.images import as_rgb, to_images
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
-from slimlib.measure import plots
-from slimlib.measure.baselines import CODECS, SCALES, PixelCodec, decode_classic, downscale, encode_classic
+from slimlib.measure.baselines import SCALES, PixelCodec, decode_classic, downscale, encode_classic
+from slimlib.measure.evaluation import RESULTS, read_table
 from slimlib.measure.methods import CLASSIC_NAMES, PIXEL_FOLDERS, SLIM_FOLDERS, open_codec
+from slimlib.measure.plots import COLOURS, PART_COLOURS
 from slimlib.roi import Box, roi_box
 from slimlib.scales import ASSETS, Scale
 from slimlib.stream import unpack
@@ -39,12 +38,12 @@ WEIGHTS = {"stage 2": "SLIM", "stage 1": "SLIM, stage 1", "uniform": "SLIM, unif
 """Weights to choose from, the best first, by their method's name in the evaluation."""
 RIVALS = ("jpeg", "webp", "avif")
 """Classic codecs shown beside SLIM at the same number of bytes."""
+SHOWN = (*WEIGHTS.values(), "hyperprior", "JPEG", "WebP", "AVIF")
+"""Methods whose curves are drawn."""
 LONG_SIDE = 256
 """Longest side, in pixels, at which a photograph is explored; the models know scenes of 128 px."""
 MAX_UPLOAD = 100_000_000
 """Most pixels of a photograph that is decoded at all."""
-LIMITS = {"scene": np.inf, "quality": 1, "steps": 20, "t0": 999, "seed": 2**32 - 1}
-"""Largest value of each number in `Settings`; the least is 0."""
 
 Guesses = dict[str, list[tuple[str, float]]]
 """What the machines ("A", "B") see: each one's five likeliest classes with their probabilities."""
@@ -52,7 +51,7 @@ Guesses = dict[str, list[tuple[str, float]]]
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a person can choose: what `SlimCodec.compress` takes, which scene, and which weights."""
+    """All that a person can choose: what `SlimCodec.compress` takes, which scene, which weights, how many bytes."""
 
     scene: int = 43  # index in the test split
     quality: float = 0.2  # 0 (smallest file) to 1
@@ -61,32 +60,7 @@ class Settings:
     weights: str = "stage 1"  # a key of WEIGHTS
     caption: str | None = "auto"  # any words; none if it is None or ""
     seed: int = 0  # of the decoder's noise
-
-    def query(self) -> str:
-        """As the query of a link, such as "scene=43&quality=0.2&..."."""
-        values = asdict(self) | {"caption": self.caption or ""}
-        return urlencode({name: value for name, value in values.items() if value is not None})
-
-    @staticmethod
-    def named(query: str) -> dict[str, Any]:
-        """The reverse of `query`: those fields that a link names, for `dataclasses.replace`.
-
-        Raises:
-            ValueError: an unknown name, or a value that is no number where one belongs or is out of range.
-        """
-        values: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
-        known = asdict(Settings())
-        if unknown := values.keys() - known.keys():
-            raise ValueError(f"the link names {', '.join(unknown)}; known are {', '.join(known)}")
-        for name in values.keys() & LIMITS.keys():
-            try:
-                number = float(values[name]) if name == "quality" else int(values[name])
-            except ValueError:
-                number = np.nan
-            if not 0 <= number <= LIMITS[name]:
-                raise ValueError(f"the link says {name}={values[name]}; expected a number from 0 to {LIMITS[name]}")
-            values[name] = number
-        return values
+    size: int | None = None  # bytes: the highest quality whose file fits is taken in place of `quality`
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +94,8 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Budgeted:
-    """What one codec makes of a number of bytes."""
+class Rival:
+    """What another codec makes of a number of bytes."""
 
     name: str  # the method's, as in the evaluation
     size: int  # bytes of its best file within the budget; of its smallest one where none fits
@@ -149,6 +123,8 @@ class Explorer:
         scale, first = Scale.from_name(self.folder), self.codec(self.weights[0])
         self.machines: dict[str, Machine] = {"A": first.machine, "B": load_machine(scale.machine_b, first.ldm.device)}
         self.scenes = PocketScenes("test", scale.size)
+        self._trial = functools.lru_cache(1024)(self.compress)  # the search for a size begins alike for all sizes
+        self._rival = functools.lru_cache(256)(self._rival)  # type: ignore[method-assign]  # most moves keep the size
 
     # ---- what can be looked at
 
@@ -182,7 +158,12 @@ class Explorer:
     # ---- answers
 
     def compress(self, settings: Settings, photo: Source | None = None) -> bytes:
-        """The file: to the byte what `code` makes."""
+        """The file: to the byte what `code` makes, for `size` at the quality that is found."""
+        if settings.size:
+            free = replace(settings, size=None)
+            return largest_within(
+                lambda step: self._trial(replace(free, quality=step / 255), photo), 255, settings.size
+            )
         source = photo or self.scene(settings.scene)
         caption = source.caption if settings.caption == "auto" else settings.caption
         codec = self.codec(settings.weights)
@@ -208,24 +189,20 @@ class Explorer:
         weights = next((w for w in self.weights if self.codec(w).fingerprint == wanted), self.weights[0])
         yield from self._decode(stream, Settings(weights=weights))
 
-    def rivals(self, source: Source, size: int, codecs: Sequence[str] = RIVALS) -> Iterator[Budgeted]:
-        """What each of some classic codecs makes of at most `size` bytes, by the picture's size and the quality."""
-        for codec in codecs:
-            yield self._budgeted(CLASSIC_NAMES[codec], size, *_classic_within(source, codec, size))
+    def rivals(self, source: Source, size: int | None, names: Iterable[str] = RIVALS) -> Iterator[Rival]:
+        """What others make of at most `size` bytes: classic codecs, and those of `pixel_codecs`."""
+        for name in names:
+            yield self._rival(source, size or 0, name)
 
-    def budget(self, settings: Settings, size: int, photo: Source | None = None) -> Iterator[Budgeted]:
-        """What every codec makes of at most `size` bytes, the learned ones by their quality."""
-        source = photo or self.scene(settings.scene)
-
-        def learned(name: str, codec: SlimCodec | PixelCodec, encode: Callable[[float], bytes]) -> Budgeted:
-            data = largest_within(lambda step: encode(step / 255), 255, size)
-            return self._budgeted(name, size, data, codec.decompress(data))
-
-        slim = self.codec(settings.weights)
-        yield learned(WEIGHTS[settings.weights], slim, lambda q: self.compress(replace(settings, quality=q), photo))
-        for name, codec in self.pixel_codecs.items():
-            yield learned(name, codec, functools.partial(codec.compress, source.image))
-        yield from self.rivals(source, size, CODECS)
+    def constants(self) -> dict[str, Any]:
+        """What viewer.js draws whatever the answer: machines, colours, curves of notebook 07 if they are there."""
+        known: dict[str, Any] = {"machines": list(self.machines), "colours": COLOURS | PART_COLOURS}
+        if not (RESULTS / "evaluation.csv").is_file():
+            return known | {"curves": {}, "lines": {}}
+        table = read_table(RESULTS / "evaluation.csv")
+        label = table[(table.method == "uncompressed") & (table.variant == "")].top1_a.iloc[0]
+        points = {name: of[["bpp", "top1_b"]].round(4).to_numpy().tolist() for name, of in curves_of(table).items()}
+        return known | {"curves": points, "lines": {"label only": float(label)}}
 
     def guess(self, image: Image.Image) -> Guesses:
         """What both machines see."""
@@ -238,7 +215,7 @@ class Explorer:
         where, image = "slimlib.data.scenes", f'PocketScenes("test", {self.scenes.size})[{settings.scene}].image'
         if photo:
             where, image = "slimlib.explorer.engine", f"open_photo(Path({photo.name!r}).read_bytes())"
-        chosen = {name: value for name, value in asdict(settings).items() if name not in ("scene", "weights")}
+        chosen = {name: value for name, value in asdict(settings).items() if name not in ("scene", "weights", "size")}
         return f"""from dataclasses import replace
 from pathlib import Path
 from slimlib import SlimCodec
@@ -281,8 +258,13 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
         guesses = guesses | {"after": self.guess(after) if step else guesses["before"]}
         yield replace(view, pictures=pictures, guesses=guesses, step=step)
 
-    def _budgeted(self, name: str, budget: int, data: bytes, image: Image.Image) -> Budgeted:
-        return Budgeted(name, len(data), len(data) <= budget, image, self.guess(image))
+    def _rival(self, source: Source, size: int, name: str) -> Rival:
+        if codec := self.pixel_codecs.get(name):
+            data = largest_within(lambda step: codec.compress(source.image, step / 255), 255, size)
+            image = codec.decompress(data)
+        else:
+            data, image = _classic_within(source.image, name, size)
+        return Rival(CLASSIC_NAMES.get(name, name), len(data), len(data) <= size, image, self.guess(image))
 
 
 def _remember_latent(ldm: LatentDiffusion) -> None:
@@ -324,20 +306,30 @@ def largest_within(encode: Callable[[int], bytes], top: int, size: int) -> bytes
     return encode(bisect_right(range(1, top + 1), size, key=lambda setting: len(encode(setting))))
 
 
-@functools.lru_cache(maxsize=256)
-def _classic_within(source: Source, codec: str, size: int) -> tuple[bytes, Image.Image]:
+def _classic_within(image: Image.Image, codec: str, size: int) -> tuple[bytes, Image.Image]:
     """Of all sizes that a classic codec may shrink the picture to, the file within the budget with the least error."""
 
     def cost(file: tuple[bytes, Image.Image]) -> tuple[int, float]:
-        error = np.asarray(file[1], np.float64) - np.asarray(source.image, np.float64)
+        error = np.asarray(file[1], np.float64) - np.asarray(image, np.float64)
         return max(0, len(file[0]) - size), float((error**2).mean())
 
     files = []
     for scale in SCALES:
-        encode = functools.partial(encode_classic, downscale(source.image, scale), codec)
-        data = largest_within(encode, 100, size)
-        files.append((data, decode_classic(data, source.image.size)))
+        data = largest_within(functools.partial(encode_classic, downscale(image, scale), codec), 100, size)
+        files.append((data, decode_classic(data, image.size)))
     return min(files, key=cost)
+
+
+def first_of(guesses: Guesses) -> dict[str, tuple[str, float]]:
+    """Each machine's likeliest class with its probability."""
+    return {machine: (top[0][0], round(top[0][1], 3)) for machine, top in guesses.items()}
+
+
+def curves_of(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
+    """The curves of SHOWN that are in a table such as assets/results/evaluation.csv, by rate."""
+    plain = table[table.variant.fillna("") == ""].sort_values("bpp")
+    curves = {name: plain[plain.method == name] for name in SHOWN}
+    return {name: curve for name, curve in curves.items() if len(curve) > 1}
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
@@ -380,40 +372,3 @@ def error_picture(original: Image.Image, decoded: Image.Image, full: float = 0.2
     """Absolute error, mean of the three colours: black is none, white is `full` of the range or more."""
     difference = np.abs(np.asarray(original, np.float64) - np.asarray(decoded, np.float64)).mean(2) / 255
     return Image.fromarray((255 * (difference / full).clip(0, 1)).round().astype(np.uint8)).convert("RGB")
-
-
-class Curves:
-    """The rate-accuracy curves of notebook 07 for machine B as one picture, and where on it a file lies."""
-
-    SHOWN = (*WEIGHTS.values(), "hyperprior", "JPEG", "WebP", "AVIF")
-    SIZE = 3.72, 2.36  # in hundreds of pixels; it is drawn twice as fine
-    STYLE = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 7}
-
-    def __init__(self, table: pandas.DataFrame) -> None:
-        """Draw all curves of SHOWN that are in a table such as assets/results/evaluation.csv."""
-        plain = table[table.variant.fillna("") == ""].sort_values("bpp")
-        curves = {name: plain[plain.method == name] for name in self.SHOWN}
-        self._curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
-        with matplotlib.style.context([ASSETS / "slim.mplstyle", self.STYLE]):
-            figure, file = Figure(self.SIZE, dpi=200), io.BytesIO()
-            self._axes, self._size = figure.add_subplot(), figure.bbox.size
-            for name, curve in self._curves.items():
-                plots.rate_curve(self._axes, curve.bpp.tolist(), (curve.top1_b / 100).tolist(), name)
-            plots.log_rate(self._axes).set(ylabel="Top-1 of machine B [%]", title="", ylim=(0, 100))
-            self._axes.legend(loc="upper left", labelspacing=0.25, handlelength=1.6, borderaxespad=0.2)
-            figure.savefig(file, dpi=200)
-        self.png = file.getvalue()
-
-    def place(self, method: str, bpp: float) -> tuple[float, float, float] | None:
-        """Where a file of a method lies: (share of the width from the left, of the height from the top, accuracy).
-
-        The height is the curve's at this rate: one scene has no accuracy. Beyond the curve's ends, its ends. None
-        if the method has no curve.
-        """
-        if method not in self._curves:
-            return None
-        curve = self._curves[method]
-        accuracy = float(np.interp(np.log(bpp), np.log(curve.bpp), curve.top1_b))
-        point = self._axes.transData.transform((np.clip(bpp, *self._axes.get_xlim()), accuracy))
-        across, up = point / self._size
-        return float(across), float(1 - up), accuracy

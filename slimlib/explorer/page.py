@@ -1,7 +1,7 @@
 """The page: widgets around `engine.Explorer`, and nothing that could be tested without them.
 
 Controls post what is wanted to a worker thread and return at once; answers come back on the kernel's own loop, stage by
-stage. What the page says stands in page.html, how it looks and where its boxes stand in page.css.
+stage. viewer.js and live.js draw them, look.css says how they look.
 """
 
 from __future__ import annotations
@@ -11,164 +11,168 @@ import base64
 import contextlib
 import functools
 import io
-import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
+import anywidget
 import ipywidgets as widgets
-import jinja2
-import pandas
 import torch
+import traitlets
 from PIL import Image
 
-from slimlib.explorer.engine import LIMITS, RIVALS, WEIGHTS, Budgeted, Curves, Explorer, Settings, Source, View
-from slimlib.measure.baselines import CODECS
-from slimlib.measure.evaluation import RESULTS
+from slimlib.explorer.engine import RIVALS, Explorer, Guesses, Rival, Settings, Source, View, first_of
 from slimlib.measure.methods import CLASSIC_NAMES
-from slimlib.measure.plots import PART_COLOURS
 
 THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)
 """Test scenes in the strip."""
-EXPLORE, BUDGET = "Explore", "At a fixed budget"
-PATIENCE = 0.5
-"""Seconds after which the UNet's steps are shown."""
-TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-HTML: Any = TEMPLATES.get_template("page.html").module
-"""The macros of page.html; they escape what they are given."""
+SIZES = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)
+"""Bytes on the main slider."""
+PHOTO = "These models know {} things, and take whatever they see for one of them. A link does not hold a photograph."
+OPENED = (
+    "Decoded from the file alone: there is no original. The controls show what the file says; as soon as one is moved, "
+    "they are about the scene again."
+)
+OBJECT = "object and crop"
+OVER = {"nothing": "", "where the bits went": "bits", "error": "error"}
+"""What may lie over the picture, and its name in `View.pictures`."""
+HERE = Path(__file__).parent
+
+
+class Viewer(anywidget.AnyWidget):
+    """One of the three parts that JavaScript draws; what `shown` holds for each is said in live.js."""
+
+    _esm = f"{(HERE / 'viewer.js').read_text()}{(HERE / 'live.js').read_text()}export default {{ render }};"
+    _css = (HERE / "look.css").read_text()
+    part = traitlets.Unicode().tag(sync=True)  # "scenes", "picture", "facts"
+    shown = traitlets.Dict().tag(sync=True)
+    known = traitlets.Dict().tag(sync=True)  # Explorer.constants
+    doing = traitlets.Unicode().tag(sync=True)  # what the worker is busy with, if it is
+    said = traitlets.Unicode().tag(sync=True)  # a message
+    query = traitlets.Unicode().tag(sync=True)  # the settings as a link
 
 
 class Page:
-    """The whole page; show `page.box`. Controls are attributes, so that code can move them as a hand would.
+    """The whole page; show `page.box`.
 
     Attributes:
         box: what to display.
+        controls: by name, so that code can move them as a hand would.
         view: the answer on the page, or its first stage while the rest is worked on.
         answered: seconds from the last move to the first picture ("before") and to the finished one ("after").
     """
 
-    def __init__(self, explorer: Explorer | None = None, query: str | None = None) -> None:
-        """Build the page with a finished first answer in it.
+    def __init__(self, explorer: Explorer | None = None, **wanted: Any) -> None:
+        """Build the page with a first answer in it; what the rivals make of it follows.
 
         Args:
             explorer: the models; those that are shipped if None.
-            query: settings from a link (see `Settings.query`); None takes that of the page's address under Voila.
+            wanted: values for some of the controls.
         """
         self.photo: Source | None = None
         self.view: View | None = None
         self.answered: dict[str, float] = {}
+        # Who sees what at how many bytes, and the picture: of the original, of SLIM, of its rivals. "", None: not there
+        self.rows: dict[str, tuple[int | str, Guesses | None, Image.Image | None]] = {}
         self._asked = 0.0  # when
         self._quiet = False
+        self._opened = ""  # name of a .slim file
         self._loop: asyncio.AbstractEventLoop | None = None
         # Everything is computed in the worker's thread: each thread that computes keeps helpers of its own, and once
         # there are more of them than the processor has cores, all of them take longer.
         self._worker = Newest(self._post)
         self.explorer: Explorer = explorer or self._worker.apart(Explorer)
-        self.defaults = Settings(weights=self.explorer.weights[0])
+        self.compared = (*RIVALS, *self.explorer.pixel_codecs)
+        self.names = [CLASSIC_NAMES.get(name, name) for name in self.compared]  # of the rivals
         self._build()
-        self._set(self._from_link(os.environ.get("QUERY_STRING", "") if query is None else query))
-        self._ask()
-        self._worker.wait()  # what comes while a page loads may be lost
-        for control in self._asking:
+        self._defaults = {name: control.value for name, control in self.controls.items()}
+        self._move(wanted)
+        settings = self.settings
+        self._submit(lambda: self.explorer.look(settings), "compressing")
+        self._worker.wait()
+        self._address()
+        for control in self.controls.values():
             control.observe(self._changed, "value")
         for upload in (self.camera, self.opener):
             upload.observe(self._uploaded, "value")
         with contextlib.suppress(RuntimeError):  # no kernel around: a script or a test
             self._loop = asyncio.get_running_loop()
+        source = self.explorer.scene(settings.scene)
+        self._submit(lambda: self.explorer.rivals(source, settings.size, self.compared), "")
 
     @property
     def settings(self) -> Settings:
         """What the controls say."""
-        return Settings(
-            scene=self.scene.value,
-            quality=round(self.quality.value, 4),
-            steps=self.steps.value,
-            t0=None if self.auto_t0.value else self.t0.value,
-            weights=self.weights.value,
-            caption={"automatic": "auto", "none": ""}.get(self.caption.value, self.words.value),
-            seed=self.seed.value,
-        )
+        values = {name: control.value for name, control in self.controls.items()}
+        words = {"automatic": "auto", "none": ""}.get(values["caption"], values["words"])
+        t0 = None if values["auto_t0"] else values["t0"]
+        same = {name: values[name] for name in ("scene", "steps", "weights", "seed", "size")}
+        return Settings(**same, caption=words, t0=t0)
 
     def wait(self, timeout: float = 60) -> bool:
-        """Until what was asked is answered, the classic codecs too; for scripts. False if that takes longer."""
+        """Until what was asked is answered, the other codecs too; for scripts. False if that takes longer."""
         return self._worker.wait(timeout)
+
+    def follow(self, query: str) -> None:
+        """Show what a link says, and the usual where it says nothing, or nothing that can be."""
+        self.photo, self.picture.said = None, ""
+        for values in (self._defaults, dict(parse_qsl(query))):
+            self._move(values)
+        self._ask()
 
     # ---- asking
 
-    def _from_link(self, query: str) -> Settings:
-        """The settings of a link; the defaults, and a message, where they are none."""
-        try:
-            settings = replace(self.defaults, **Settings.named(query))
-            if settings.weights not in self.explorer.weights:
-                raise ValueError(f"the weights of {settings.weights} are not here")
-            self._worker.apart(lambda: self.explorer.scene(settings.scene))
-            return settings
-        except (ValueError, IndexError) as error:
-            self._say(str(error), "bad")
-            return self.defaults
-
-    @contextlib.contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Controls that move meanwhile ask for nothing."""
+    def _move(self, values: dict[str, Any]) -> None:
+        """Move some controls by their names, and ask for nothing. Values may be strings; what cannot be is left out."""
         before, self._quiet = self._quiet, True
-        yield
+        for name in values.keys() & self.controls.keys():
+            control, value = self.controls[name], values[name]
+            with contextlib.suppress(ValueError, traitlets.TraitError):
+                is_flag = isinstance(control.value, bool)
+                control.value = str(value) == "True" if is_flag else type(control.value)(value)
         self._quiet = before
-
-    def _set(self, settings: Settings) -> None:
-        """Move all controls at once."""
-        usual = self.explorer.codec(settings.weights).compressor.config
-        typed = settings.caption not in ("auto", "", None)
-        with self._quietly():
-            self.scene.value, self.quality.value, self.seed.value = settings.scene, settings.quality, settings.seed
-            self.weights.value = settings.weights
-            self.steps.value = usual.steps if settings.steps is None else settings.steps
-            self.auto_t0.value = self.t0.disabled = settings.t0 is None
-            self.t0.value = usual.t0(settings.quality) if settings.t0 is None else settings.t0
-            self.caption.value = "typed" if typed else "automatic" if settings.caption else "none"
-            self.words.value = settings.caption if typed else ""
+        self.controls["t0"].disabled = self.controls["auto_t0"].value
 
     def _changed(self, change: Any) -> None:
+        """A hand moved a control."""
         if self._quiet:
             return
-        with self._quietly():
-            if change["owner"] is self.words:
-                self.caption.value = "typed"
-            if change["owner"] is self.scene:
-                self.photo = None
-        budget = self.tab.value == BUDGET
-        self.t0.disabled, self.quality.disabled = self.auto_t0.value, budget
-        for box, on in ((self._explore, not budget), (self.share, not budget), (self._budget, budget)):
-            box.layout.display = "" if on else "none"
-        self._say("")
-        self._ask()
+        moved = next(name for name, control in self.controls.items() if control is change["owner"])
+        if moved == "scene":
+            self.photo = None
+        self._move({"caption": "typed"} if moved == "words" else {})
+        self.picture.said = ""
+        if moved in ("left", "over"):
+            self._address()
+            self._draw()
+        else:
+            self._ask()
 
     def _ask(self, upload: tuple[bytes, str] | None = None) -> None:
-        """Ask what the tab in front shows."""
-        size = self.size.value if self.tab.value == BUDGET else None
-        self._submit(functools.partial(self._answer, self.settings, size, self.photo, upload))
+        self._submit(functools.partial(self._answer, self.settings, self.photo, upload), "compressing")
+        self._address()
 
-    def _answer(
-        self, settings: Settings, size: int | None, photo: Source | None, upload: tuple[bytes, str] | None
-    ) -> Iterator[Source | View | Budgeted]:
-        """The worker's job: the answer within a size, or a view and then what classic codecs make of as many bytes."""
+    def _address(self) -> None:
+        """The link to what is shown; there is none to a photograph."""
+        values = {name: control.value for name, control in self.controls.items()}
+        usual = {"t0": values["auto_t0"], "words": values["caption"] != "typed"}
+        if not self.photo:
+            self.picture.query = urlencode({name: value for name, value in values.items() if not usual.get(name)})
+
+    def _answer(self, settings: Settings, photo: Source | None, upload: tuple[bytes, str] | None) -> Iterator[Any]:
+        """The worker's job: a photograph that came in, the views, and what others make of as many bytes."""
         if upload:
             photo = self.explorer.photo(*upload)
             yield photo
-        if size:
-            yield from self.explorer.budget(settings, size, photo)
-            return
-        for view in self.explorer.look(settings, photo):
-            yield view
-        if view.source:
-            yield from self.explorer.rivals(view.source, view.report.size)
+        yield from self.explorer.look(settings, photo)
+        yield from self.explorer.rivals(photo or self.explorer.scene(settings.scene), settings.size, self.compared)
 
-    def _submit(self, job: Callable[[], Iterator[Any]]) -> None:
-        self._asked = time.perf_counter()
-        for figure in self._front().values():  # what they show is the last answer
-            figure.add_class("slim-old")
+    def _submit(self, job: Callable[[], Iterator[Any]], doing: str) -> None:
+        self._asked, self.picture.doing = perf_counter(), doing
         self._worker.submit(job)
 
     def _uploaded(self, change: Any) -> None:
@@ -178,23 +182,32 @@ class Page:
         file = change["new"][0]
         data, name = bytes(file["content"]), str(file["name"])
         change["owner"].value = ()  # so that the same file can come again
+        self.picture.said = ""
         if change["owner"] is self.camera:
-            self._say(f"opening {name} ...")
             self._ask((data, name))
         else:
-            self.tab.value = EXPLORE
-            self._say(f"{name}: decoded from the file alone; there is no original to compare it with.", "good")
-            self._submit(lambda: self.explorer.open_stream(data))
+            self._opened = name
+            self._submit(lambda: self.explorer.open_stream(data), "decompressing")
 
-    def _pick(self, index: int) -> None:
-        """A thumbnail was pressed: also the way back from a photograph or an opened file."""
-        with self._quietly():
-            self.scene.value = index
-        self._changed({"owner": self.scene})
+    def _said(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
+        """What live.js says: a sign of life is wanted, a thumbnail was pressed, or the address is another."""
+        if "scene" in message:  # also the way back from a photograph or an opened file
+            self._move(message)
+            self._changed({"owner": self.controls["scene"]})
+        elif "query" in message:
+            self.follow(message["query"])
+            widget.send({"query": self.picture.query})
+        elif "hello" in message:  # what came while the page was loading may be lost
+            widget.send_state("shown")
+        else:
+            widget.send({})
 
-    def _reset(self, _: Any = None) -> None:
-        self._set(self.defaults)
-        self._changed({"owner": self.scene})
+    def _pin(self, _: Any) -> None:
+        """What stands right of the line may stand left from now on."""
+        self.rows["pinned"], left = self.rows["SLIM"], self.controls["left"]
+        left.options = tuple(dict.fromkeys([*left.options, "pinned"]))
+        left.value = "pinned"
+        self._draw()
 
     # ---- answers
 
@@ -208,157 +221,151 @@ class Page:
     def _deliver(self, number: int, result: Any) -> None:
         newest = number == self._worker.newest
         if isinstance(result, View):
-            self._show(result, time.perf_counter() - self._asked if newest else None)
+            self._show(result, newest)
         elif not newest:
             return
-        elif isinstance(result, Budgeted):
-            source, figures = self.photo or self.explorer.scene(self.scene.value), self._front()
-            figure = figures.get(result.name) or figures["SLIM"]  # one place for all its weights
-            _fill(figure, HTML.budgeted(result, source, _url(result.image)))
-            note = HTML.marks(source.guesses, source)
-            _fill(self.budgeted["Original"], HTML.figure("Original", _url(source.image), note))
+        elif isinstance(result, Rival):
+            needs = result.size if result.fits else f"needs {result.size}"
+            self.rows[result.name] = needs, result.guesses, result.image
+            self._draw()
         elif isinstance(result, Source):
             self.photo = result
-            self._say(f"{result.name}: {result.note}", "good")
         else:
             known = isinstance(result, (ValueError, IndexError))
-            self._say(str(result) if known else f"That failed: {type(result).__name__}: {result}", "bad")
-            for figure in self._front().values():  # what they show stays
-                figure.remove_class("slim-old")
-            if self.view:
-                self.summary.value = HTML.summary(self.view.report, 0, None, PART_COLOURS)
+            self.picture.said = str(result) if known else f"That failed: {type(result).__name__}: {result}"
+            self.picture.doing = ""
 
-    def _front(self) -> dict[str, widgets.HTML]:
-        """The figures of the tab in front."""
-        return self.budgeted if self.tab.value == BUDGET else self.figures | self.rivals
-
-    def _show(self, view: View, seconds: float | None) -> None:
-        """Put a stage of an answer on the page; seconds since the move, None if there was another move meanwhile."""
-        report, source, settings = view.report, view.source, view.settings
+    def _show(self, view: View, newest: bool) -> None:
+        """Put a stage of an answer on the page; `newest` if there was no other move meanwhile."""
+        report, source = view.report, view.source
         if view.step and not view.done:
-            if seconds and seconds > PATIENCE:
-                self.summary.value = HTML.summary(report, view.step, None, PART_COLOURS)
+            self.picture.doing = f"UNet, step {view.step} of {report.steps}"
             return
+        pinned = self.rows.get("pinned") if self.view and self.view.source is source else None  # of the same picture
         self.view = view
-        if seconds:
-            self.answered["after" if view.done else "before"] = seconds
-        self.summary.value = HTML.summary(report, 0, seconds if view.done else None, PART_COLOURS)
-        self.top5.value = HTML.top5(view)
-        for name, figure in self.figures.items():
-            if name in view.pictures or view.done:
-                _fill(figure, HTML.picture(name, _url(view.pictures.get(name)), view))
-        self.within.value = f"Classic codecs within the same {report.size} bytes" if source else ""
-        for name, figure in ({} if source else self.rivals).items():
-            _fill(figure, HTML.figure(name))
-        place = self._curves and self._curves.place(WEIGHTS[settings.weights], report.bpp)
-        self.place.value = HTML.place(*place) if place else ""
-        for index, thumb in zip(THUMBNAILS, self.thumbs, strict=True):
-            on = source and source.truth and index == settings.scene
-            (thumb.add_class if on else thumb.remove_class)("slim-on")
-        code = self.explorer.code(settings, None if source.truth else source) if source else ""
-        linked = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")
-        self.share.value = HTML.share(view, base64.b64encode(view.stream).decode(), code, linked)
-        with self._quietly():
-            if source and self.auto_t0.value:
-                self.t0.value = report.t0
-            if source and self.caption.value != "typed":
-                self.words.value = report.caption or ""
+        if newest:
+            self.answered["after" if view.done else "before"] = perf_counter() - self._asked
+            self.picture.doing = "" if view.done else "UNet"
+        before = view.pictures["before"]
+        self.rows = {"before the UNet": (report.size, view.guesses["before"], before)}
+        self.rows["SLIM"] = report.size, view.guesses.get("after"), view.pictures.get("after", before)
+        if source:
+            known = {"original": ("", source.guesses, source.image), OBJECT: ("", {}, source.marked)}
+            self.rows = known | self.rows | dict.fromkeys(self.names, ("", None, None))
+        elif view.done:  # the controls show what an opened file says
+            size = min(SIZES, key=lambda size: abs(size - report.size))
+            caption = "typed" if report.caption else "none"
+            told = {name: getattr(report, name) for name in ("steps", "t0", "seed")} | {"words": report.caption or ""}
+            self._move({**told, "size": size, "caption": caption, "auto_t0": False, "weights": view.settings.weights})
+        if pinned:
+            self.rows["pinned"] = pinned
+        elif self.controls["left"].value == "pinned":
+            self._move({"left": "original"})
+        if self.controls["auto_t0"].value:
+            self._move({"t0": report.t0})
+        if self.controls["caption"].value != "typed":
+            self._move({"words": report.caption or ""})
+        self._draw()
 
-    def _say(self, text: str, kind: str = "") -> None:
-        self.message.value = HTML.say(text, kind)
+    def _draw(self) -> None:
+        """Hand what is known to the JavaScript."""
+        assert self.view
+        view, report, source = self.view, self.view.report, self.view.source
+        rows = {
+            name: {"name": name, "bytes": size, "seen": seen and first_of(seen)}
+            for name, (size, seen, _) in self.rows.items()
+        }
+        scene = source if source and source.truth else None
+
+        def side(name: str) -> dict[str, Any] | None:
+            image = self.rows.get(name, (0, None, None))[2]
+            return {**rows[name], "url": _url(image)} if image else None
+
+        over = view.pictures.get(OVER[self.controls["over"].value])
+        self.picture.shown = {
+            "left": side(self.controls["left"].value),
+            "right": side("SLIM"),
+            "over": over and {"name": self.controls["over"].value, "url": _url(over)},
+        }
+        said = [f"{report.size} bytes, {report.bpp:.3f} bits per pixel, "]
+        said += [f"“{report.caption}”, " if report.caption else "no caption, "]
+        said += [f"t0 = {report.t0}, K = {report.steps}. " if report.t0 and report.steps else "no UNet. "]
+        if not source:
+            said.append(OPENED)
+        elif not scene:
+            said.append(f"{source.note}. {PHOTO.format(len(self.explorer.machines['A'].classes))}")
+        settings = replace(view.settings, quality=round(report.quality, 4))
+        name = f"scene{settings.scene}" if scene else source.name if source else "opened"
+        self.facts.shown = {
+            "title": scene.name.partition(": ")[2] if scene else source.name if source else self._opened,
+            "truth": scene and scene.truth,
+            "summary": "".join(said),
+            "parts": {part: round(bits / 8, 1) for part, bits in report.bits.items()},
+            "bpp": report.bpp if scene else None,
+            "rows": [row for name, row in rows.items() if name != OBJECT],
+            "file": f"{name}_{report.size}.slim",
+            "stream": base64.b64encode(view.stream).decode(),
+            "code": self.explorer.code(settings, None if scene else source) if source else "",
+        }
+        self.scenes.shown = self.scenes.shown | {"on": settings.scene if scene else None}
 
     # ---- widgets
 
     def _build(self) -> None:
         """All controls and places, and how they stand together."""
-        names = {codec: CLASSIC_NAMES[codec] for codec in CODECS}
-        compared = ("Original", "SLIM", *self.explorer.pixel_codecs, *names.values())
-        pictures = ("original", "bits", "before", "after", "error")
-        self.figures = {name: _html("fig", HTML.picture(name)) for name in pictures}
-        self.rivals = {names[codec]: _html("fig", HTML.figure(names[codec])) for codec in RIVALS}
-        self.budgeted = {name: _html("fig", HTML.figure(name)) for name in compared}
-        self.message, self.summary, self.top5 = _html("message", HTML.say("")), _html("summary"), _html("guesses")
-        self.within, self.place, self.share = _html("head"), _html("place"), _html("share")
-        table = RESULTS / "evaluation.csv"
-        self._curves = Curves(pandas.read_csv(table)) if table.is_file() else None
-        curve = _html("", "<p>No rate-accuracy curves: assets/results is not there yet (make reproduce).</p>")
-        if self._curves:
-            curve = widgets.Image(value=self._curves.png)
-        compare = _box("column", self.within, _box("wrap", *self.rivals.values()))
-        below = _box("wrap", compare, _box("curve", curve, self.place))
-        self._explore = _box("answer", self.summary, _box("wrap", *self.figures.values()), below, self.top5)
-        self.size = widgets.BoundedIntText(value=150, min=10, max=100_000, description="bytes")
-        text = "Each codec does its best within so many bytes. The classic ones may also shrink the picture first."
-        asked = _box("strip", _box("number", self.size), widgets.HTML(text))
-        self._budget = _box("answer", asked, _box("wrap", *self.budgeted.values()))
-        self._budget.layout.display = "none"
-        self.tab = widgets.ToggleButtons(options=[EXPLORE, BUDGET])
-        strip, thumbnails = self._strip()
-        front = _box("wrap", self._controls(), self._explore, self._budget)
-        head = widgets.HTML(HTML.head(thumbnails))
-        self.box = widgets.VBox([head, strip, _box("bar", self.tab, self.message), front])
-        self.box.add_class("slim")
-        self._asking = [self.scene, self.quality, self.steps, self.t0, self.auto_t0, self.weights, self.caption]
-        self._asking += [self.words, self.seed, self.size, self.tab]
-
-    def _strip(self) -> tuple[widgets.Box, dict[int, str]]:
-        """Thumbnails, any scene by its number, a photograph, a stream; and the thumbnails' pictures."""
-        self.thumbs, urls = [], {}
+        pictures = []
         for index in THUMBNAILS:
             scene = self.explorer.scenes[index]
-            urls[index] = _url(scene.image.resize((64, 64), Image.Resampling.LANCZOS))
-            thumb = widgets.Button(tooltip=scene.noun, description=scene.noun.split()[-1])
-            thumb.add_class("slim-thumb").add_class(f"slim-scene{index}")
-            thumb.on_click(lambda _, index=index: self._pick(index))
-            self.thumbs.append(thumb)
-        self.scene = widgets.BoundedIntText(max=len(self.explorer.scenes) - 1, description="scene")
-        self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif", description="a photograph", icon="")
-        self.opener = widgets.FileUpload(accept=".slim", description="open .slim", icon="")
-        self.camera.add_class("slim-file").add_class("slim-photo")
-        self.opener.add_class("slim-file").add_class("slim-stream")
-        files = _box("number", self.scene, self.camera, self.opener)
-        return _box("strip", *self.thumbs, files), urls
-
-    def _controls(self) -> widgets.Box:
-        self.quality = widgets.FloatSlider(max=1, step=0.01, description="quality")
-        self.quality.tooltip = "0: the smallest file; 1: the best picture"
-        self.steps = widgets.IntSlider(max=LIMITS["steps"], description="steps K")
-        self.steps.tooltip = "denoising steps of the UNet; 0 leaves it out"
-        self.t0 = widgets.IntSlider(max=LIMITS["t0"], description="t0")
-        self.t0.tooltip = "the noise level from which the UNet starts; 0 leaves it out"
-        self.auto_t0 = widgets.Checkbox(description="t0 follows the quality", indent=False)
-        self.weights = widgets.ToggleButtons(options=self.explorer.weights)
-        self.caption = widgets.ToggleButtons(options=["automatic", "none", "typed"])
-        self.words = widgets.Text(placeholder="type a caption, even a wrong one")
-        self.seed = widgets.BoundedIntText(max=LIMITS["seed"], description="seed")
-        reset = widgets.Button(description="reset")
-        reset.on_click(self._reset)
-        heads = ("Rate", "Caption", "Repair by the UNet", "Weights")
-        rate, caption, repair, weights = (widgets.HTML(f"<b>{head}</b>") for head in heads)
-        parts = [rate, self.quality, caption, self.caption, self.words]
-        parts += [repair, self.steps, self.t0, self.auto_t0, self.seed, weights, self.weights, reset, self.share]
-        return _box("controls", *parts)
-
-
-def _box(kind: str, *children: widgets.Widget) -> widgets.Box:
-    """Widgets in a box that the style sheet knows by its kind."""
-    return widgets.Box(children).add_class(f"slim-{kind}")
-
-
-def _html(kind: str, text: str = "") -> widgets.HTML:
-    return widgets.HTML(text).add_class(f"slim-{kind}")
+            pictures.append((index, scene.noun, _url(scene.image.resize((64, 64), Image.Resampling.LANCZOS))))
+        self.scenes = Viewer(part="scenes", shown={"pictures": pictures, "on": None})
+        self.picture = Viewer(part="picture")
+        self.facts = Viewer(part="facts", known=self.explorer.constants())
+        for viewer in (self.scenes, self.picture, self.facts):
+            viewer.on_msg(self._said)
+        usual = self.explorer.codec(self.explorer.weights[0]).compressor.config
+        sizes = [(f"{size} bytes", size) for size in SIZES]
+        self.controls: dict[str, Any] = {
+            "size": widgets.SelectionSlider(options=sizes, value=64, description="Size of the file, at most"),
+            "left": _choice("Left of the line", "original", OBJECT, "before the UNet", *self.names),
+            "over": _choice("Over the picture", *OVER),
+            "caption": _choice("Caption that is sent", "automatic", "none", "typed"),
+            "words": widgets.Text(placeholder="type a caption, even a wrong one", description="words"),
+            "weights": _choice("Weights", *self.explorer.weights),
+            "steps": widgets.IntSlider(usual.steps, max=20, description="steps K"),
+            "t0": widgets.IntSlider(max=999, description="t0"),
+            "auto_t0": widgets.Checkbox(True, description="t0 follows the quality", indent=False),
+            "seed": widgets.BoundedIntText(max=2**32 - 1, description="seed"),
+            "scene": widgets.BoundedIntText(43, max=len(self.explorer.scenes) - 1, description="scene"),
+        }
+        self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif", description="a photograph …", icon="")
+        self.opener = widgets.FileUpload(accept=".slim", description="open .slim …", icon="")
+        self.camera.add_class("photo")
+        self.opener.add_class("stream")
+        pin, reset = widgets.Button(description="pin this"), widgets.Button(description="reset")
+        pin.on_click(self._pin)
+        reset.on_click(lambda _: self.follow(""))
+        said = "SLIM compresses a picture for a classifier. Slide the size of its file; drag the line in the picture."
+        head = widgets.HTML(f"<h1>What does the machine still see?</h1> {said}")
+        size, left, over, caption, words, weights, steps, t0, auto_t0, seed, scene = self.controls.values()
+        stage = _box("stage", _box("rate", size), self.picture)
+        compared = left, over, caption, _box("row", words, pin, reset), weights
+        repair = _box("row number", steps, t0, auto_t0, seed)
+        files = _box("row number", scene, self.camera, self.opener)
+        side = _box("side", *compared, repair, files, self.facts)
+        self.box = _box("slim", head, self.scenes, _box("main", stage, side))
 
 
-def _fill(figure: widgets.HTML, text: str) -> None:
-    """Show what belongs to the newest answer."""
-    figure.value = text
-    figure.remove_class("slim-old")
+def _box(kinds: str, *children: widgets.Widget) -> widgets.VBox:
+    """Widgets in a box that the style sheet knows by its kinds."""
+    return widgets.VBox(children, _dom_classes=kinds.split())
 
 
-def _url(image: Image.Image | None) -> str:
+def _choice(title: str, *options: str) -> widgets.RadioButtons:
+    return widgets.RadioButtons(options=options, description=title, orientation="horizontal")
+
+
+def _url(image: Image.Image) -> str:
     """A picture in place of its address: lossless, and small (a server limits what a kernel may send in a second)."""
-    if image is None:
-        return ""
     file = io.BytesIO()
     image.save(file, "WEBP", lossless=True, quality=0, method=0)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -2,42 +2,66 @@
 
 Examples:
     slim explore                  start the page and open a browser
+    slim explore --static OUT     write the static explorer, one HTML file that needs nothing else (minutes)
     slim explore --benchmark      how long an answer takes: slider to picture, over 100 moves
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
-import numpy as np
 from nbformat.v4 import new_code_cell, new_notebook
 
 CODE = "from slimlib.explorer.page import Page\npage = Page()\npage.box"
 TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {# The lab template fetches an icon font from a server elsewhere. This page has no icons, and works offline. #}
-{%- block notebook_css -%}{{ super() | replace('https://cdn.jsdelivr.net/', 'data:text/css,') }}{%- endblock -%}
+{%- block notebook_css -%}{{ super() | replace('https://cdn.jsdelivr.net/', 'data:text/css,') }}
+<title>What does the machine still see?</title>{%- endblock -%}
 """
-MAX_MESSAGE = 256 * 2**20
-"""Largest upload in bytes; the server's own limit of 10 MiB is less than a large photograph."""
+SERVER = {
+    "websocket_max_message_size": 256 * 2**20,  # bytes of an upload; 10 MiB are less than a large photograph
+    # Only this machine, by its own names; requests that a page from elsewhere makes are refused by their origin, also
+    # the one that ends a kernel when its page goes. That one carries no token: Voila never sets the cookie for it.
+    "allow_remote_access": False,
+    "local_hostnames": ["localhost"],
+    "disable_check_xsrf": True,
+}
+KERNELS = (
+    "--preheat_kernel=True",  # one kernel with a finished page waits for whoever comes next
+    "--pool_size=1",
+    "--MappingKernelManager.cull_idle_timeout=60",  # seconds; for kernels whose page went without a word
+    "--MappingKernelManager.cull_interval=20",
+)
 
 
 @dataclass
 class Options:  # `utils.option` would import torch, which the server can do without: its kernels compute
     port: int = field(default=8866, metadata={"help": "of the page"})
     browser: bool = field(default=True, metadata={"help": "open the page in a browser"})
+    static: Path | None = field(
+        default=None, metadata={"help": "write the static explorer to this file, and serve nothing"}
+    )
     benchmark: bool = field(default=False, metadata={"help": "measure, and serve nothing"})
-    moves: int = field(default=100, metadata={"help": "slider moves of the benchmark, 100 at the most"})
+    moves: int = field(default=100, metadata={"help": "slider moves of the benchmark"})
+
+    def __post_init__(self) -> None:
+        for name, most in (("port", 65_535), ("moves", 10_000)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"argument --{name}: {getattr(self, name)} is not a number from 1 to {most}")
 
 
 def command(options: Options) -> int:
-    """Serve the page until it is interrupted, or measure how fast it is."""
-    # Threads that wait for work shall sleep: while they spin, other programs slow the page down many times over.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if options.benchmark:
+    """Serve the page until it is interrupted, write the static one, or measure how fast it is."""
+    if options.static:
+        from slimlib.explorer.static import build
+
+        print(build(options.static))
+    elif options.benchmark:
         benchmark(options.moves)
     else:
         serve(options.port, options.browser)
@@ -46,6 +70,7 @@ def command(options: Options) -> int:
 
 def serve(port: int, browser: bool) -> None:
     """Run Voila on a notebook of one cell until it is interrupted."""
+    from jupyter_server import DEFAULT_STATIC_FILES_PATH
     from voila.app import Voila
 
     with tempfile.TemporaryDirectory() as folder:
@@ -58,21 +83,26 @@ def serve(port: int, browser: bool) -> None:
         (template / "conf.json").write_text('{"base_template": "lab"}')
         # Voila finds templates there, and this Python's own kernel before anybody else's.
         os.environ |= {"JUPYTER_PATH": folder, "JUPYTER_PREFER_ENV_PATH": "1"}
-        options = [str(page), f"--port={port}", "--Voila.ip=127.0.0.1", "--template=explorer"]
-        options += [] if browser else ["--no-browser"]
-        Voila.launch_instance(options, tornado_settings={"websocket_max_message_size": MAX_MESSAGE})
+        options = [str(page), f"--port={port}", "--Voila.ip=127.0.0.1", "--template=explorer", *KERNELS]
+        Voila.launch_instance(
+            options + ([] if browser else ["--no-browser"]),
+            tornado_settings=SERVER | {"static_path": DEFAULT_STATIC_FILES_PATH},
+        )
 
 
 def benchmark(moves: int) -> None:
-    """Move the quality slider of a page without a browser, and print how long the pictures took."""
-    from slimlib.explorer.page import Page
+    """Move the slider over bytes of a page without a browser, and print how long the pictures took."""
+    import numpy as np
+
+    from slimlib.explorer.page import SIZES, Page
 
     page, times = Page(), []
-    for quality in np.random.default_rng(0).permutation(np.delete(np.linspace(0, 1, 101), 20))[:moves]:  # it is at 20
-        page.quality.value = float(quality)
+    others = [size for size in SIZES if size != page.controls["size"].value]
+    for size in itertools.islice(itertools.cycle(others), moves):
+        page.controls["size"].value = size
         page.wait()
         times.append([1000 * page.answered["before"], 1000 * page.answered["after"]])
     (first, finished), (late, last) = np.percentile(times, [50, 95], axis=0)
-    print(f"{len(times)} moves of the quality slider, K = {page.steps.value}")
+    print(f"{len(times)} moves of the slider, K = {page.settings.steps}")
     print(f"first picture and bytes: median {first:.0f} ms, 95th percentile {late:.0f} ms")
     print(f"finished picture: median {finished:.0f} ms, 95th percentile {last:.0f} ms")

@@ -1,0 +1,117 @@
+"""The static explorer: one HTML file, in which every picture and number was made by the codec beforehand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from slimlib.explorer.engine import Explorer, Settings, curves_of, first_of
+from slimlib.measure.evaluation import RESULTS, read_table
+from slimlib.utils import write_file
+
+QUALITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+CHOICE = 0.4
+"""Quality at which successes and failures are counted for the choice of the scenes."""
+
+
+def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualities: Sequence[float] = QUALITIES) -> str:
+    """Compress, decode and compare `count` scenes at every quality, and write them as one page; returns the rule.
+
+    Some minutes on one core. The page needs nothing but its own file.
+    """
+    explorer = explorer or Explorer()
+    table = read_table(RESULTS / "evaluation.csv")
+    settings = Settings(weights=explorer.weights[0])
+    points = curves_of(table)
+    rates = points[next(iter(points))]
+    share = float(np.interp(CHOICE, rates.quality, rates.top1_b)) / 100
+    right = round(count * share)
+    rule = (
+        f"The {count} pictures: in an order drawn by seed 0, the first {right} test scenes that machine B classifies "
+        f"correctly at quality {CHOICE:g}, and the first {count - right} that it does not, as in the whole table "
+        f"({100 * share:.0f}% of {int(rates.scenes.max())}). Machine A was listened to in training, machine B was not."
+    )
+    chosen, scenes = _choose(explorer, settings, count, right), []
+    for index in tqdm(chosen, unit="scene"):
+        wrong = explorer.scene(chosen[chosen.index(index) - 1]).caption  # of the scene before: another object
+        scenes.append(_scene(explorer, replace(settings, scene=index), wrong, qualities))
+    data: dict[str, Any] = explorer.constants() | {
+        "qualities": qualities,
+        "side": explorer.scenes.size,
+        "scenes": scenes,
+    }
+    here = Path(__file__).parent
+    texts = {name: (here / f"{file}").read_text() for name, file in FILES.items()}
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    page = jinja2.Template((here / "static.html").read_text()).render(**texts, data=text, rule=rule)
+    write_file(out, page.encode())
+    return rule
+
+
+FILES = {"css": "look.css", "viewer": "viewer.js", "script": "static.js"}
+
+
+def _choose(explorer: Explorer, settings: Settings, count: int, right: int) -> list[int]:
+    """Test scenes in a random order, until there are so many that machine B has right, and so many that it has not."""
+    left = {True: right, False: count - right}
+    chosen = []
+    for index in np.random.default_rng(0).permutation(len(explorer.scenes)).tolist():
+        if not any(left.values()):
+            break
+        *_, view = explorer.look(replace(settings, scene=index, quality=CHOICE))
+        hit = view.guesses["after"]["B"][0][0] == explorer.scene(index).truth
+        if left[hit]:
+            left[hit] -= 1
+            chosen.append(index)
+    return chosen
+
+
+def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequence[float]) -> dict[str, Any]:
+    source = explorer.scene(settings.scene)
+    words, pictures, steps = {"right": source.caption, "wrong": wrong, "none": ""}, [source.image], []
+    for quality in qualities:
+        views = {
+            kind: list(explorer.look(replace(settings, quality=quality, caption=text)))[-1]
+            for kind, text in words.items()
+        }
+        view = views["right"]
+        rivals = list(explorer.rivals(source, view.report.size))
+        step: dict[str, Any] = {
+            "before": first_of(view.guesses["before"]),
+            "bits": view.report.bit_map.round(1).tolist(),
+        }
+        for kind, one in views.items():
+            parts = {part: round(bits / 8, 1) for part, bits in one.report.bits.items()}
+            step[kind] = {"bytes": one.report.size, "parts": parts, "seen": first_of(one.guesses["after"])}
+        step["rivals"] = [
+            {"name": r.name, "bytes": r.size, "fits": r.fits, "seen": first_of(r.guesses)} for r in rivals
+        ]
+        pictures += [
+            view.pictures["before"],
+            *(one.pictures["after"] for one in views.values()),
+            *(r.image for r in rivals),
+        ]
+        steps.append(step)
+    name = source.name.partition(": ")[2]
+    known = {"name": name, "truth": source.truth, "words": words, "seen": first_of(source.guesses), "steps": steps}
+    return known | {"sprite": _sprite(pictures)}
+
+
+def _sprite(pictures: Sequence[Image.Image], columns: int = 8) -> str:
+    """Pictures of one size side by side, in rows of eight, as the address of one WebP file."""
+    side, file = pictures[0].width, io.BytesIO()
+    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * side, i // columns * side))
+    sheet.save(file, "WEBP", quality=60, method=6)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
