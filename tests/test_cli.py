@@ -83,7 +83,7 @@ def test_nothing_is_overwritten_unasked(world: Path, cut: bytes, capsys: Capture
     ("words", "reason"),
     [
         ("compress none.png out.slim", "'none.png'"),
-        ("compress text.png out.slim", "cannot identify image file"),
+        ("compress text.png out.slim", "text.png cannot be opened: it is not a picture"),
         ("compress photo.png . --force", ". is a folder"),
         ("compress photo.png photo.png --force", "is a folder, or the input"),
         (f"compress photo.png out.slim --caption {'x' * 300}", "300 characters"),

@@ -20,7 +20,7 @@ import numpy as np
 import pandas
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from slimlib.codec import SlimCodec, StreamReport
@@ -304,15 +304,7 @@ def open_photo(data: bytes, name: str = "the file") -> Image.Image:
     Raises:
         ValueError: the file's bytes are no picture, a damaged one, or one of more than MAX_UPLOAD pixels.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.draft(None, (LONG_SIDE, LONG_SIDE))  # a large JPEG is decoded at a fraction of its size
-        image = as_rgb(image, MAX_UPLOAD)
-    except Exception as error:  # a damaged header may raise anything in Pillow's plugins
-        why = "it is not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name} cannot be opened: {why}") from error
-    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
-    return image
+    return as_rgb(data, MAX_UPLOAD, name, LONG_SIDE)
 
 
 def largest_within(encode: Callable[[int], bytes], top: int, size: int) -> bytes:
