@@ -72,7 +72,7 @@ def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS, name: str = "", longest
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes: max_pixels is far stricter
             if isinstance(image, Image.Image):
                 return _upright(image, max_pixels, name, longest)
-            return _from_file(cast(BinaryIO, image), max_pixels, name, longest)
+            return _from_file(image, max_pixels, name, longest)
     except _Refused:
         raise
     except Exception as error:  # a decoder may raise anything
@@ -184,6 +184,16 @@ def to_tensor(images: Image.Image | list[Image.Image]) -> Tensor:
 
 
 def to_images(x: Tensor) -> list[Image.Image]:
-    """The reverse of `to_tensor`: (B, 3, H, W) in [0, 1], clipped, to RGB pictures."""
+    """The reverse of `to_tensor`: (B, 3, H, W) in [0, 1], clipped, to RGB pictures; ValueError if not finite."""
+    check_finite(x, "the picture")
     pixels = (x.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """ValueError with advice if numbers have left the range of their precision."""
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            f"{what} holds numbers that are not finite: the weights are damaged, or half precision is too narrow for "
+            "them; load the codec with dtype=torch.float32 (or torch.bfloat16), and download damaged weights again"
+        )

@@ -57,6 +57,7 @@ class LatentDiffusion:
         self.latent_channels: int = vae.config.latent_channels
         self.dtype: torch.dtype = next(unet.parameters()).dtype
         self._shift: float = getattr(vae.config, "shift_factor", None) or 0.0
+        self._stored: bytes | None = None  # the fingerprint where the weights were rounded after loading
         for model in (vae, unet, text_encoder):
             model.eval().requires_grad_(False)
         self.to(device)
@@ -79,12 +80,16 @@ class LatentDiffusion:
         config = load_plain(DDIMScheduler.load_config, name, "scheduler")
         tokenizer = load_plain(AutoTokenizer, name, "tokenizer")
         vae, unet, text = (
-            load_pretrained(kind, name, part, variant=variant, dtype=dtype)
+            load_pretrained(kind, name, part, variant=variant, dtype=torch.float32)
             for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
         )
         # Schedulers of other classes do not clip and need not say so; DDIM's default, made for pixels, is to clip.
         scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
-        return cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
+        stored = None if dtype == torch.float32 else digest(vae, unet, text)
+        vae, unet, text = (model.to(dtype) for model in (vae, unet, text))
+        ldm = cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
+        ldm._stored = stored
+        return ldm
 
     def to(self, device: Device) -> LatentDiffusion:
         """Move all models; returns itself."""
@@ -235,8 +240,8 @@ class LatentDiffusion:
             yield z
 
     def fingerprint(self) -> bytes:
-        """A hash of the weights."""
-        return digest(self.vae, self.unet, self.text_encoder)
+        """A hash of the weights as they are stored, in whatever precision they compute."""
+        return self._stored or digest(self.vae, self.unet, self.text_encoder)
 
 
 def last(walk: Iterable[Tensor], start: Tensor) -> Tensor:
