@@ -123,7 +123,7 @@ class CaptionPrior:
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except Exception as error:
-            raise unloadable(Path(path), error) from error
+            raise unloadable(Path(path), error, "a caption prior") from error
 
     def save(self, path: str | Path) -> None:
         """Write as a JSON file."""

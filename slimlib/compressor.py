@@ -291,7 +291,7 @@ class LatentCompressor(nn.Module):
             model._restore(load_file(weights))
             model._frequencies()  # is sound
         except Exception as error:
-            raise unloadable(Path(folder), error) from error
+            raise unloadable(Path(folder), error, "a compressor") from error
         return model.eval().to(pick_device(device))
 
     def fingerprint(self) -> int:

@@ -68,7 +68,7 @@ def load_machine(name: str, device: Device = None) -> Machine:
         if isinstance(error, OSError) and not local:  # a misspelt name does not come that far
             raise hub_error(f"timm/{name}", error) from error
         if local and (Path(name) / "config.json").exists():
-            raise unloadable(Path(name), error) from error
+            raise unloadable(Path(name), error, "a machine") from error
         raise ValueError(
             f"cannot load the machine {name!r}: {' '.join(str(error).split())[:300]}. Expected a folder written by "
             "timm (config.json and model.safetensors) or the name of a timm model whose weights can be downloaded."

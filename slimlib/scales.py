@@ -98,7 +98,7 @@ def load_plain(cls: Any, name: str | Path, part: str = "", **options: Any) -> An
     except Exception as error:  # damaged files raise many kinds
         if isinstance(error, OSError) and not local:
             raise hub_error(str(name), error) from error
-        raise unloadable(folder, error) from error
+        raise unloadable(folder, error, f"a {getattr(cls, '__name__', cls)}") from error
 
 
 def load_pretrained(cls: Any, name: str | Path, part: str = "", **options: Any) -> Any:
@@ -118,15 +118,15 @@ def load_pretrained(cls: Any, name: str | Path, part: str = "", **options: Any) 
     return model
 
 
-def unloadable(where: Path, error: Exception) -> ValueError | OSError:
-    """Why a file or a folder of files does not load, in one line: the file that is damaged, or what was said."""
-    for path in sorted(where.iterdir()) if where.is_dir() else [where] if where.is_file() else []:
+def unloadable(where: Path, error: Exception, what: str) -> ValueError | OSError:
+    """Why a file or a folder of files does not load as `what`, in one line: the damaged file, or what was said."""
+    for path in sorted(where.iterdir()) if where.is_dir() else [where]:
         if path.is_file() and (fault := _fault(path)):
-            return ValueError(f"{path} {fault}")
+            return ValueError(f"{path} (of {what}) {fault}")
     if isinstance(error, OSError):
         return error  # names its file
     said = " ".join(f"{type(error).__name__}: {error}".split())
-    return ValueError(f"{where} cannot be loaded, its files do not fit each other or what is expected ({said[:300]})")
+    return ValueError(f"{where} does not hold {what}: its files are of something else, or damaged ({said[:300]})")
 
 
 def _fault(path: Path) -> str:
