@@ -121,14 +121,12 @@ class Compress(Decompress):
 
 
 def compress(options: Compress, picture: Path, stream: Path) -> int:
-    codec, data = _open(options, picture, stream, options.force)
+    codec, file = _open(options, picture, stream, options.force)
     start = time.perf_counter()
-    from slimlib.images import as_rgb
     from slimlib.utils import write_file
 
-    image = as_rgb(data, codec.max_pixels, str(picture))
     caption = None if options.caption == "none" else options.caption
-    data = codec.compress(image, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
+    data = codec.compress(file, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
     seconds, report = time.perf_counter() - start, codec.inspect(data)
     write_file(stream, data)
     print(f"{stream}, {1000 * seconds:.0f} ms: {report}")
@@ -145,7 +143,7 @@ def decompress(options: Decompress, stream: Path, picture: Path) -> int:
     start = time.perf_counter()
     from slimlib.utils import write_file
 
-    image = codec.decompress(data, steps=options.steps)
+    image = codec.decompress(data.getvalue(), steps=options.steps)
     seconds, file = time.perf_counter() - start, io.BytesIO()
     image.save(file, format=kind)
     write_file(picture, file.getvalue())
@@ -155,15 +153,14 @@ def decompress(options: Decompress, stream: Path, picture: Path) -> int:
 
 def inspect(options: Inspect, stream: Path) -> int:
     codec, data = _open(options, stream)
-    print(codec.inspect(data))
+    print(codec.inspect(data.getvalue()))
     return 0
 
 
-def _open(
-    options: Inspect, source: Path, output: Path | None = None, force: bool = False
-) -> tuple[slimlib.SlimCodec, bytes]:
-    """The codec, and the input's bytes, read once as a pipe must be; faults of files are said before models load."""
-    data = source.read_bytes()
+def _open(options: Inspect, source: Path, output: Path | None = None, force: bool = False) -> tuple[Any, io.BytesIO]:
+    """The codec and the input, read once as a pipe must be; what is wrong with files is said before models load."""
+    data = io.BytesIO(source.read_bytes())
+    data.name = str(source)
     if output and output.exists():
         if output.is_dir() or output.samefile(source):
             raise ValueError(f"{output} is a folder, or the input; name another output")

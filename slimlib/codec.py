@@ -30,7 +30,7 @@ from slimlib.ldm import LatentDiffusion, last
 from slimlib.machines import Machine, load_machine
 from slimlib.roi import gradcam, roi_crop
 from slimlib.scales import Scale
-from slimlib.stream import LARGEST_IMAGE, StreamError, StreamHeader, as_bytes, pack, padded, unpack
+from slimlib.stream import LARGEST_IMAGE, StreamError, StreamHeader, as_bytes, pack, unpack
 from slimlib.utils import Device, pick_device
 
 MAX_STEPS = 100
@@ -195,13 +195,8 @@ class SlimCodec:
         Raises:
             ValueError: the picture is damaged, too large or of no known kind; an argument is out of range.
         """
-        limit = min(self.max_pixels, LARGEST_IMAGE)
-        picture, byte, coder = as_rgb(image, limit), quality_byte(quality), RangeEncoder()
-        if (coded := padded(*picture.size, self._unit)) > limit:  # as `unpack` counts, and refuses
-            raise ValueError(
-                f"a picture of {picture.width} x {picture.height} is coded as {coded} pixels, more than the limit of "
-                f"{limit}: make it smaller first, or raise max_pixels (at the shell: --max-pixels)"
-            )
+        picture = as_rgb(image, min(self.max_pixels, LARGEST_IMAGE), unit=self._unit)
+        byte, coder = quality_byte(quality), RangeEncoder()
         config = self.compressor.config
         t0 = config.t0(byte / 255) if t0 is None else t0
         steps = config.steps if steps is None else steps

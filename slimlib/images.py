@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias
 from zlib import crc32
 
 import numpy as np
@@ -15,6 +15,8 @@ import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
+
+from slimlib.stream import padded
 
 with contextlib.suppress(ImportError):  # optional: HEIC, what many telephones write
     import pillow_heif
@@ -41,7 +43,9 @@ class _Refused(ValueError):
     """A picture that can be read, and is refused for a reason that its reader gives in full."""
 
 
-def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS, name: str = "", longest: int = 0) -> Image.Image:
+def as_rgb(
+    image: Picture, max_pixels: int = MAX_PIXELS, name: str = "", longest: int = 0, unit: int = 1
+) -> Image.Image:
     """Whatever Pillow opens, as an upright 8-bit RGB picture. The one rule: **the first frame, on white**.
 
     Of an animation or a file of many pages the first is taken (of an opened one the frame at hand). Transparency of
@@ -51,7 +55,7 @@ def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS, name: str = "", longest
     (EXIF, XMP, profiles, texts) is passed over.
 
     Args:
-        max_pixels: refuse larger pictures before they are decoded.
+        max_pixels: refuse larger pictures before they are decoded; their sides count rounded up to multiples of `unit`.
         name: what to call it in messages; a file's own name otherwise.
         longest: where given, scale down to at most so many pixels a side.
 
@@ -61,18 +65,17 @@ def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS, name: str = "", longest
     """
     if isinstance(image, (str, Path)):
         with open(image, "rb") as file:
-            return as_rgb(file, max_pixels, name or str(image), longest)
+            return as_rgb(file, max_pixels, name, longest, unit)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return as_rgb(io.BytesIO(image), max_pixels, name, longest)
+        image = io.BytesIO(image)
     if not isinstance(image, Image.Image) and not hasattr(image, "read"):
         raise TypeError(f"expected a Pillow image, a path, or a file's bytes, not {type(image).__name__}")
     name = name or str(getattr(image, "filename", "") or getattr(image, "name", "") or "the picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes: max_pixels is far stricter
-            if isinstance(image, Image.Image):
-                return _upright(image, max_pixels, name, longest)
-            return _from_file(image, max_pixels, name, longest)
+            read: Any = _upright if isinstance(image, Image.Image) else _from_file
+            return read(image, max_pixels, name, longest, unit)
     except _Refused:
         raise
     except Exception as error:  # a decoder may raise anything
@@ -82,11 +85,11 @@ def as_rgb(image: Picture, max_pixels: int = MAX_PIXELS, name: str = "", longest
         ) from error
 
 
-def _from_file(file: BinaryIO, max_pixels: int, name: str, longest: int) -> Image.Image:
+def _from_file(file: Any, *how: Any) -> Image.Image:
     """`_upright` of a file; where that fails, of what is left of it without its metadata."""
-    file = file if file.seekable() else cast(BinaryIO, io.BytesIO(file.read(LARGEST_FILE)))
+    file = file if file.seekable() else io.BytesIO(file.read(LARGEST_FILE))
     try:
-        return _upright(Image.open(file), max_pixels, name, longest)
+        return _upright(Image.open(file), *how)
     except _Refused:
         raise
     except Exception as error:
@@ -99,21 +102,21 @@ def _from_file(file: BinaryIO, max_pixels: int, name: str, longest: int) -> Imag
                 left = Image.open(io.BytesIO(_without(data, names)))
                 if names != METADATA and left.format in ("JPEG", "WEBP"):
                     left.getexif()[ORIENTATION] = _orientation(data)
-                return _upright(left, max_pixels, name, longest)
+                return _upright(left, *how)
         raise
 
 
 def _without(data: bytes, names: tuple[bytes, ...]) -> bytes:
     """A file whose metadata of these names no decoder knows; of a PNG all that makes no pixels is left out."""
     if data.startswith(b"\x89PNG"):
-        kept, at = data[:8], 8
+        kept, at = bytearray(data[:8]), 8
         while at < len(data):
             chunk = data[at : at + 12 + int.from_bytes(data[at : at + 4], "big")]
             sound = chunk[4:8] == b"eXIf" and crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
             if sound or chunk[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
                 kept += chunk
             at += len(chunk)
-        return kept
+        return bytes(kept)
     for name in names:
         data = data.replace(name, bytes([name[0] ^ 1]) + name[1:])
     return data
@@ -128,12 +131,12 @@ def _orientation(data: bytes) -> int:
     return exif.get(ORIENTATION, 1)
 
 
-def _upright(image: Image.Image, max_pixels: int, name: str, longest: int) -> Image.Image:
+def _upright(image: Image.Image, max_pixels: int, name: str, longest: int, unit: int) -> Image.Image:
     """An opened picture as RGB on white, turned as its orientation says."""
-    if not 0 < image.width * image.height <= max_pixels:
+    if not 0 < (pixels := padded(image.width, image.height, unit)) <= max_pixels:
         raise _Refused(
-            f"{name} has {image.width} x {image.height} pixels, none or more than the limit of {max_pixels}: "
-            "make it smaller first, or raise max_pixels (at the shell: --max-pixels)"
+            f"{name} has {image.width} x {image.height} pixels{f', coded as {pixels}' * (unit > 1)}, none or more than "
+            f"the limit of {max_pixels}: make it smaller first, or raise max_pixels (at the shell: --max-pixels)"
         )
     if longest:
         image.draft(None, (longest, longest))  # a large JPEG is decoded at a fraction of its size
@@ -161,10 +164,8 @@ def _on_white(image: Image.Image, depth: Any) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels beyond 0 to 65535 have no agreed white; convert them to 16 bits first")
-        grey = (values + 128) // 257
-        return Image.fromarray(np.where(values == (-1 if key is None else key), 255, grey).astype(np.uint8)).convert(
-            "RGB"
-        )
+        grey = np.where(values == (-1 if key is None else key), 255, (values + 128) // 257)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if depth in ("L;2", "L;4") and isinstance(key, int):
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[depth]
     elif depth == "RGB;16B" and isinstance(key, tuple):

@@ -188,7 +188,7 @@ def test_forged_streams_never_crash(codec: SlimCodec) -> None:
             codec.decompress(pack(replace(header, **forged), payload))
     small = other(codec)
     small.max_pixels = 64 * 64
-    for size, reason in (((65, 64), "--max-pixels"), ((4096, 1), "coded as 131072 pixels.*--max-pixels")):
+    for size, reason in (((65, 64), "--max-pixels"), ((4096, 1), "coded as 131072,.*--max-pixels")):
         with pytest.raises(ValueError, match=reason):
             small.compress(picture(*size))
         with pytest.raises(StreamError, match=f"{size[0]} x {size[1]} .*--max-pixels"):
