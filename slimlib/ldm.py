@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
 
+from slimlib.images import check_finite
 from slimlib.scales import load_plain, load_pretrained
 from slimlib.utils import Device, digest, pick_device, quiet_libraries
 
@@ -112,9 +113,12 @@ class LatentDiffusion:
         return (z - self._shift) * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latent (B, C, h, w) to image (B, 3, h*f, w*f) in [0, 1]; differentiable."""
+        """Scaled latent (B, C, h, w) to image (B, 3, h*f, w*f) in [0, 1]; differentiable. Finite when not training."""
         z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor + self._shift
-        return (self.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        x = self.vae.decode(z).sample
+        if not torch.is_grad_enabled():
+            check_finite(x, "the decoded picture")  # before infinity becomes white
+        return (x / 2 + 0.5).clamp(0, 1)
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Captions to embeddings (B, tokens, width). "" is the unconditional one; what is too long is cut."""
