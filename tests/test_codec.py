@@ -8,6 +8,8 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -233,16 +235,31 @@ def test_the_fingerprint_is_of_what_is_stored(codec: SlimCodec, tiny_codec_world
 def test_several_threads_may_use_codecs_at_once(codec: SlimCodec) -> None:
     """Each gets what it would get alone, and the number of torch's threads is left as it was."""
     two = other(codec, machine=codec.machine, captioner=codec.captioner)
-    jobs = [(codec if i % 2 else two, picture(64, 64, i), i / 8) for i in range(8)]
+    jobs = [(codec if i % 2 else two, picture(64, 64, i), i / 6) for i in range(6)]
+    inside, seen = set[int](), set[tuple[int, int]]()
+
+    def enter(*_: Any) -> None:
+        inside.add(threading.get_ident())
+        time.sleep(0.01)
+        seen.add((len(inside), torch.get_num_threads()))
 
     def work(job: tuple[SlimCodec, Image.Image, float]) -> tuple[bytes, bytes]:
         stream = job[0].compress(job[1], job[2], t0=100, steps=1)
         return stream, job[0].decompress(stream).tobytes()
 
-    alone, threads = [work(job) for job in jobs], torch.get_num_threads()
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(work, jobs * 3)) == alone * 3
-    assert torch.get_num_threads() == threads
+    alone = [work(job) for job in jobs]
+    nets = codec.machine.net, codec.ldm.unet, codec.ldm.vae.encoder, codec.ldm.vae.decoder
+    handles = [net.register_forward_pre_hook(enter) for net in nets]
+    handles += [net.register_forward_hook(lambda *_: inside.discard(threading.get_ident())) for net in nets]
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(work, jobs * 2)) == alone * 2
+        assert seen == {(1, 1)} and torch.get_num_threads() == 2, "one at a time, on one thread each"
+    finally:
+        torch.set_num_threads(1)
+        for handle in handles:
+            handle.remove()
 
 
 def test_bytes_and_pipes(codec: SlimCodec, tmp_path: Path) -> None:
