@@ -22,6 +22,7 @@ from tiny_codec import CAPTIONS, make_world, picture  # noqa: E402
 
 from slimlib.codec import SlimCodec  # noqa: E402
 from slimlib.stream import FREE_PIXELS, PIXELS_PER_BYTE, StreamError, padded, unpack  # noqa: E402
+from slimlib.utils import quiet_libraries  # noqa: E402
 
 SECONDS = 5.0  # for a stream of at most some 10,000 pixels, 100 steps and 300 bytes
 SIDES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 96, 97, 128, 1000, 1 << 13, (1 << 16) + 1, 1 << 20, 1 << 26, (1 << 26) + 1]
@@ -98,6 +99,7 @@ def fuzz(codec: SlimCodec, count: int, seed: int = 0) -> Counter[str]:
 def main() -> None:
     import conftest
 
+    quiet_libraries()
     count, seed = (*map(int, sys.argv[1:3]), 0)[:2] if len(sys.argv) > 1 else (2000, 0)
     with tempfile.TemporaryDirectory() as folder:
         conftest._save_ldm(Path(folder) / "tiny" / "ldm")

@@ -268,8 +268,9 @@ def damage() -> Iterator[tuple[str, bytes, Any]]:
     yield "zeros", bytes(1000), "cannot be opened"
     yield "PNG without pixels", b"\x89PNG\r\n\x1a\n" + chunk(b"IEND", b""), "cannot be opened"
     yield "pixels of PNG", colour_png().replace(b"IDAT", b"IDAU"), "cannot be opened"
+    missing = "cannot be opened" if "HEIF" in Image.OPEN else "pip install pillow-heif"
     for brand in (b"heic", b"mif1", b"heix"):
-        yield f"HEIC {brand!r}", b"\0\0\0\x18ftyp" + brand + bytes(4) + b"mif1heic" + bytes(99), "pillow-heif"
+        yield f"HEIC {brand!r}", b"\0\0\0\x18ftyp" + brand + bytes(4) + b"mif1heic" + bytes(99), missing
     yield "too large", saved(Image.new("1", (2000, 2000)), "PNG"), "2000 x 2000 pixels.*--max-pixels"
     yield "claims much", colour_png().replace(b"\0\0\0\x06\0\0\0\x04", b"\0\1\0\0\0\1\0\0"), "cannot be opened|pixels"
 
