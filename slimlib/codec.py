@@ -195,7 +195,8 @@ class SlimCodec:
         Raises:
             ValueError: the picture is damaged, too large or of no known kind; an argument is out of range.
         """
-        picture = as_rgb(image, min(self.max_pixels, LARGEST_IMAGE), unit=self._unit)
+        with _LOCK:  # warnings' filters, too, belong to the process
+            picture = as_rgb(image, min(self.max_pixels, LARGEST_IMAGE), unit=self._unit)
         byte, coder = quality_byte(quality), RangeEncoder()
         config = self.compressor.config
         t0 = config.t0(byte / 255) if t0 is None else t0

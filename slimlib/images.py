@@ -79,7 +79,8 @@ def as_rgb(
     except _Refused:
         raise
     except Exception as error:  # a decoder may raise anything
-        why = "it is not a picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        why = " ".join(str(error).split()) or type(error).__name__
+        why = "it is not a picture" if isinstance(error, UnidentifiedImageError) else why
         raise ValueError(
             f"{name} cannot be opened: {why} (if a viewer shows it, save it anew from there as PNG or JPEG)"
         ) from error
