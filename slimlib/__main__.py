@@ -97,6 +97,9 @@ class Inspect:
     """Show what a .slim file holds, and who spent how many bytes."""
 
     scale: str = _option("pocket", "pocket, paper, or a folder of models")
+    max_pixels: int = _option(
+        1 << 20, "largest picture, its sides padded, that is coded or decoded; time grows with it"
+    )
 
 
 @dataclass
@@ -118,11 +121,12 @@ class Compress(Decompress):
 
 
 def compress(options: Compress, picture: Path, stream: Path) -> int:
-    codec, start = _open(options.scale, picture, stream, options.force), time.perf_counter()
+    codec, file = _open(options, picture, stream, options.force)
+    start = time.perf_counter()
     from slimlib.utils import write_file
 
     caption = None if options.caption == "none" else options.caption
-    data = codec.compress(picture, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
+    data = codec.compress(file, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
     seconds, report = time.perf_counter() - start, codec.inspect(data)
     write_file(stream, data)
     print(f"{stream}, {1000 * seconds:.0f} ms: {report}")
@@ -135,10 +139,11 @@ def decompress(options: Decompress, stream: Path, picture: Path) -> int:
     kind = Image.registered_extensions().get(picture.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"cannot write a picture as {picture.name!r}: end its name in .png, .webp or .jpg")
-    codec, start = _open(options.scale, stream, picture, options.force), time.perf_counter()
+    codec, data = _open(options, stream, picture, options.force)
+    start = time.perf_counter()
     from slimlib.utils import write_file
 
-    image = codec.decompress(stream.read_bytes(), steps=options.steps)
+    image = codec.decompress(data.getvalue(), steps=options.steps)
     seconds, file = time.perf_counter() - start, io.BytesIO()
     image.save(file, format=kind)
     write_file(picture, file.getvalue())
@@ -147,20 +152,24 @@ def decompress(options: Decompress, stream: Path, picture: Path) -> int:
 
 
 def inspect(options: Inspect, stream: Path) -> int:
-    print(_open(options.scale, stream).inspect(stream.read_bytes()))
+    codec, data = _open(options, stream)
+    print(codec.inspect(data.getvalue()))
     return 0
 
 
-def _open(scale: str, source: Path, output: Path | None = None, force: bool = False) -> slimlib.SlimCodec:
-    """The codec; what is wrong with the files is said before the models are loaded."""
-    source.open("rb").close()  # it is there, and may be read
+def _open(options: Inspect, source: Path, output: Path | None = None, force: bool = False) -> tuple[Any, io.BytesIO]:
+    """The codec and the input, read once as a pipe must be; what is wrong with files is said before models load."""
+    data = io.BytesIO(source.read_bytes())
+    data.name = str(source)
     if output and output.exists():
         if output.is_dir() or output.samefile(source):
             raise ValueError(f"{output} is a folder, or the input; name another output")
         if not force:
             raise ValueError(f"{output} is already there; add --force to overwrite it")
-    print(f"loading the models ({scale}) ...", file=sys.stderr)
-    return slimlib.SlimCodec.from_pretrained(scale)
+    print(f"loading the models ({options.scale}) ...", file=sys.stderr)
+    codec = slimlib.SlimCodec.from_pretrained(options.scale)
+    codec.max_pixels = options.max_pixels
+    return codec, data
 
 
 FILES = {"picture": "anything that Pillow opens, or writes by its ending, such as .png", "stream": "a .slim file"}

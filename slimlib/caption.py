@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 from slimlib.entropy import RangeDecoder, RangeEncoder
-from slimlib.scales import load_plain, load_pretrained
+from slimlib.scales import load_plain, load_pretrained, unloadable
 from slimlib.stream import StreamError
 from slimlib.utils import Device, pick_device, quiet_libraries, write_file
 
@@ -122,8 +122,8 @@ class CaptionPrior:
         """Read what `save` wrote; FileNotFoundError if there is nothing, ValueError if the file is damaged."""
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a caption prior ({error})") from error
+        except Exception as error:
+            raise unloadable(Path(path), error, "a caption prior") from error
 
     def save(self, path: str | Path) -> None:
         """Write as a JSON file."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from slimlib.ldm import LatentDiffusion, last
 from slimlib.machines import Machine, load_machine
 from slimlib.roi import gradcam, roi_crop
 from slimlib.scales import Scale
-from slimlib.stream import StreamError, StreamHeader, pack, unpack
+from slimlib.stream import LARGEST_IMAGE, StreamError, StreamHeader, as_bytes, pack, unpack
 from slimlib.utils import Device, pick_device
 
 MAX_STEPS = 100
@@ -85,7 +86,8 @@ class SlimCodec:
     Encoder and decoder agree exactly on the symbols, on any machine. Pixels are floating-point work: with
     `exact` (the default) they go through one thread, so that the same stream gives the same pixels, and the same
     picture the same stream, however many threads there are. Without it all threads are used, and guidance is one
-    pass: faster, and a pixel value may differ by one now and then.
+    pass: faster, and a pixel value may differ by one now and then. Several threads may use codecs at once: the verbs,
+    `read` and `look` wait for each other, of all codecs of the process.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class SlimCodec:
         """Picture to .slim bytes.
 
         Args:
-            image: a picture or a file's path; `images.as_rgb` says what becomes of other modes.
+            image: a picture, a file's path or its bytes; `images.as_rgb` says what becomes of other modes.
             quality: 0 (smallest) to 1 (best).
             caption: "auto" lets the captioner look at the region of interest; any other text is sent as typed
                 (lower-cased, up to 200 characters); None or "" sends none.
@@ -193,7 +195,9 @@ class SlimCodec:
         Raises:
             ValueError: the picture is damaged, too large or of no known kind; an argument is out of range.
         """
-        picture, byte, coder = as_rgb(image, self.max_pixels), quality_byte(quality), RangeEncoder()
+        with _LOCK:  # warnings' filters, too, belong to the process
+            picture = as_rgb(image, min(self.max_pixels, LARGEST_IMAGE), unit=self._unit)
+        byte, coder = quality_byte(quality), RangeEncoder()
         config = self.compressor.config
         t0 = config.t0(byte / 255) if t0 is None else t0
         steps = config.steps if steps is None else steps
@@ -218,7 +222,7 @@ class SlimCodec:
         """.slim bytes to a picture of the true size.
 
         Args:
-            stream: what `compress` returned.
+            stream: what `compress` returned, or anything bytes-like that holds it.
             steps: denoising steps; None takes those the stream asks for, 0 shows the picture before the UNet.
 
         Raises:
@@ -237,12 +241,13 @@ class SlimCodec:
 
     def look(self, picture: Image.Image) -> tuple[Tensor, str]:
         """Where machine A looks in an RGB picture, (1, H, W) in [0, 1], and the captioner's words for that region."""
-        cam = gradcam(self.machine, to_tensor(picture).to(self.ldm.device))[0]
-        return cam, self.captioner.caption([roi_crop(picture, cam)])[0]
+        with _LOCK:
+            cam = gradcam(self.machine, to_tensor(picture).to(self.ldm.device))[0]
+            return cam, self.captioner.caption([roi_crop(picture, cam)])[0]
 
     def read(self, stream: bytes) -> Decoded:
         """Undo the entropy coding and the compressor only: the latent as it enters the diffusion."""
-        header, payload = unpack(stream, self.fingerprint, self.max_pixels)
+        header, payload = unpack(stream := as_bytes(stream), self.fingerprint, self.max_pixels, self._unit)
         config, latest = self.compressor.config, self.ldm.scheduler.config.num_train_timesteps - 1
         coder, quality = RangeDecoder(payload), header.quality / 255
         t0 = config.t0(quality) if header.t0 is None else header.t0
@@ -270,10 +275,13 @@ class SlimCodec:
         words, batched = [report.caption or ""], not self.exact
         return self.ldm.enhance(decoded.z_hat, words, report.t0, steps, [report.seed], guidance, batched)
 
-    def _padded(self, height: int, width: int) -> tuple[int, int]:
-        """Sides rounded up to what VAE, compressor and UNet can halve."""
-        unit = self.ldm.factor * self.compressor.config.multiple
-        return -(-height // unit) * unit, -(-width // unit) * unit
+    @property
+    def _unit(self) -> int:
+        """Pixels to whose multiples the sides are padded: what VAE, compressor and UNet can halve."""
+        return self.ldm.factor * self.compressor.config.multiple
+
+    def _padded(self, *sides: int) -> list[int]:
+        return [-(-side // self._unit) * self._unit for side in sides]
 
     def _prior(self) -> CaptionPrior:
         if self.prior is None:
@@ -281,12 +289,16 @@ class SlimCodec:
         return self.prior
 
 
+_LOCK = threading.RLock()  # the number of torch's threads, hooks and tokenizers belong to the process
+
+
 @contextlib.contextmanager
 def _threads(one: bool) -> Iterator[None]:
     """Hold torch to one thread: the order in which floating-point sums are taken depends on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if one else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with _LOCK:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if one else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

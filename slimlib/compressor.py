@@ -31,6 +31,8 @@ from torch.nn import functional as F
 
 from slimlib import entropy
 from slimlib.entropy import FrequencyTable, IntegerNet, RangeDecoder, RangeEncoder, clamp_ste, gaussian_table
+from slimlib.images import check_finite
+from slimlib.scales import unloadable
 from slimlib.stream import StreamError
 from slimlib.transforms import Decoder, Encoder
 from slimlib.utils import Device, evaluating, pick_device, write_file
@@ -69,7 +71,8 @@ class CompressorConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}.")
-        if not self.t0_table or any(len(knot) != 2 for knot in self.t0_table):
+        knots = np.array(self.t0_table, float)
+        if knots.shape != (len(knots), 2) or not len(knots) or not np.isfinite(knots).all():
             raise ValueError(f"t0_table must be a list of [quality, t0] pairs, not {self.t0_table}.")
 
     @classmethod
@@ -209,8 +212,9 @@ class LatentCompressor(nn.Module):
         Raises:
             ValueError: more than one item, a size that does not fit, or a latent that is not finite.
         """
-        if len(z) != 1 or not bool(z.isfinite().all()):
-            raise ValueError(f"compress takes one finite latent at a time; got {tuple(z.shape)}.")
+        if len(z) != 1:
+            raise ValueError(f"compress takes one latent at a time; got {tuple(z.shape)}.")
+        check_finite(z, "the latent")
         table, bits = self._frequencies(), {}
         with evaluating(self):
             coded = self.code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
@@ -226,6 +230,7 @@ class LatentCompressor(nn.Module):
 
         Raises:
             StreamError: the bytes are damaged.
+            ValueError: what comes out is not finite.
         """
         table, byte = self._frequencies(), quality_byte(quality)
         h_index, h_mean = self.net.exact(byte)
@@ -235,7 +240,9 @@ class LatentCompressor(nn.Module):
         y_hat = _decode(coder, index, table) + mean / entropy.MEAN_STEPS
         y_hat, scale, fine = (t.to(self.device, torch.float32) for t in (y_hat, index, fineness))
         with evaluating(self):
-            return self.synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
+            z_hat = self.synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
+        check_finite(z_hat, "the decompressed latent")
+        return z_hat
 
     def update(self) -> None:
         """Compute the integer table of frequencies: once, when training ends."""
@@ -270,14 +277,21 @@ class LatentCompressor(nn.Module):
 
         Raises:
             FileNotFoundError: no such files.
-            ValueError: unknown config keys; missing, surplus or misshapen tensors.
+            ValueError: a damaged file; unknown or missing config keys; missing, surplus, misshapen or infinite tensors.
         """
         config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
         for path in (config, weights):
             if not path.is_file():
                 raise FileNotFoundError(f"{folder} holds no compressor: {path.name} is missing.")
-        model = cls(CompressorConfig.from_dict(json.loads(config.read_text())))
-        model._restore(load_file(weights))
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+            model = cls(CompressorConfig.from_dict(values))
+            if missing := asdict(model.config).keys() - values.keys():
+                raise ValueError(f"{config} lacks {', '.join(sorted(missing))}")
+            model._restore(load_file(weights))
+            model._frequencies()  # is sound
+        except Exception as error:
+            raise unloadable(Path(folder), error, "a compressor") from error
         return model.eval().to(pick_device(device))
 
     def fingerprint(self) -> int:
@@ -306,6 +320,8 @@ class LatentCompressor(nn.Module):
         if odd := sorted(name for name in wanted | given if wanted.get(name) != given.get(name)):
             said = (f"{n}: {given.get(n, 'missing')}, expected {wanted.get(n, 'nothing')}" for n in odd[:3])
             raise ValueError(f"{len(odd)} weights do not fit this compressor ({'; '.join(said)}).")
+        if odd := [name for name, tensor in stored.items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(f"{len(odd)} weights are not finite (such as {odd[0]}).")
         own = self.state_dict()
         for name, tensor in stored.items():
             if name.startswith("net."):

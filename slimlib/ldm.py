@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel
 
+from slimlib.images import check_finite
 from slimlib.scales import load_plain, load_pretrained
 from slimlib.utils import Device, digest, pick_device, quiet_libraries
 
@@ -57,6 +58,7 @@ class LatentDiffusion:
         self.latent_channels: int = vae.config.latent_channels
         self.dtype: torch.dtype = next(unet.parameters()).dtype
         self._shift: float = getattr(vae.config, "shift_factor", None) or 0.0
+        self._stored: bytes | None = None  # the fingerprint where the weights were rounded after loading
         for model in (vae, unet, text_encoder):
             model.eval().requires_grad_(False)
         self.to(device)
@@ -79,12 +81,16 @@ class LatentDiffusion:
         config = load_plain(DDIMScheduler.load_config, name, "scheduler")
         tokenizer = load_plain(AutoTokenizer, name, "tokenizer")
         vae, unet, text = (
-            load_pretrained(kind, name, part, variant=variant, dtype=dtype)
+            load_pretrained(kind, name, part, variant=variant, dtype=torch.float32)
             for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"), (CLIPTextModel, "text_encoder"))
         )
         # Schedulers of other classes do not clip and need not say so; DDIM's default, made for pixels, is to clip.
         scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
-        return cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
+        stored = None if dtype == torch.float32 else digest(vae, unet, text)
+        vae, unet, text = (model.to(dtype) for model in (vae, unet, text))
+        ldm = cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
+        ldm._stored = stored
+        return ldm
 
     def to(self, device: Device) -> LatentDiffusion:
         """Move all models; returns itself."""
@@ -107,9 +113,12 @@ class LatentDiffusion:
         return (z - self._shift) * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latent (B, C, h, w) to image (B, 3, h*f, w*f) in [0, 1]; differentiable."""
+        """Scaled latent (B, C, h, w) to image (B, 3, h*f, w*f) in [0, 1]; differentiable. Finite when not training."""
         z = z.to(self.device, self.dtype) / self.vae.config.scaling_factor + self._shift
-        return (self.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        x = self.vae.decode(z).sample
+        if not torch.is_grad_enabled():
+            check_finite(x, "the decoded picture")  # before infinity becomes white
+        return (x / 2 + 0.5).clamp(0, 1)
 
     def text(self, captions: Sequence[str]) -> Tensor:
         """Captions to embeddings (B, tokens, width). "" is the unconditional one; what is too long is cut."""
@@ -235,8 +244,8 @@ class LatentDiffusion:
             yield z
 
     def fingerprint(self) -> bytes:
-        """A hash of the weights."""
-        return digest(self.vae, self.unet, self.text_encoder)
+        """A hash of the weights as they are stored, in whatever precision they compute."""
+        return self._stored or digest(self.vae, self.unet, self.text_encoder)
 
 
 def last(walk: Iterable[Tensor], start: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from slimlib.images import to_tensor
-from slimlib.scales import hub_error
+from slimlib.scales import hub_error, unloadable
 from slimlib.utils import Device, pick_device
 
 CAM_GRID = 6
@@ -67,9 +67,11 @@ def load_machine(name: str, device: Device = None) -> Machine:
     except Exception as error:
         if isinstance(error, OSError) and not local:  # a misspelt name does not come that far
             raise hub_error(f"timm/{name}", error) from error
+        if local and (Path(name) / "config.json").exists():
+            raise unloadable(Path(name), error, "a machine") from error
         raise ValueError(
-            f"cannot load the machine {name!r}: {error}. Expected a folder written by timm (config.json and "
-            "model.safetensors) or the name of a timm model whose weights can be downloaded."
+            f"cannot load the machine {name!r}: {' '.join(str(error).split())[:300]}. Expected a folder written by "
+            "timm (config.json and model.safetensors) or the name of a timm model whose weights can be downloaded."
         ) from error
     info = ImageNetInfo("imagenet-1k")
     classes = net.pretrained_cfg.get("label_names") or [info.index_to_description(i).split(",")[0] for i in range(1000)]

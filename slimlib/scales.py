@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 ASSETS = Path(os.environ.get("SLIM_ASSETS", Path(__file__).resolve().parent.parent / "assets"))
 """Where scenes and pocket models lie; the environment variable SLIM_ASSETS moves it."""
@@ -80,6 +83,7 @@ def load_plain(cls: Any, name: str | Path, part: str = "", **options: Any) -> An
     Raises:
         FileNotFoundError: `name` looks like a path, and there is no such folder, or it lacks the part.
         OSError: the hub does not give it; says why and what to do.
+        ValueError: its files are damaged, or of something else; names the file.
     """
     head, revision = split_revision(name)
     folder, local = Path(head) / part, Path(head).is_dir()
@@ -91,8 +95,10 @@ def load_plain(cls: Any, name: str | Path, part: str = "", **options: Any) -> An
     load = getattr(cls, "from_pretrained", cls)
     try:
         return load(head, local_files_only=local, revision=revision or "main", **where, **options)
-    except OSError as error:
-        raise error if local else hub_error(str(name), error) from error
+    except Exception as error:  # damaged files raise many kinds
+        if isinstance(error, OSError) and not local:
+            raise hub_error(str(name), error) from error
+        raise unloadable(folder, error, f"a {getattr(cls, '__name__', cls)}") from error
 
 
 def load_pretrained(cls: Any, name: str | Path, part: str = "", **options: Any) -> Any:
@@ -110,6 +116,34 @@ def load_pretrained(cls: Any, name: str | Path, part: str = "", **options: Any) 
             some, where = ", ".join(sorted(map(str, keys))[:3]), Path(name, part)
             raise ValueError(f"{where}: {len(keys)} weights are {kind} (such as {some}); is this a {cls.__name__}?")
     return model
+
+
+def unloadable(where: Path, error: Exception, what: str) -> ValueError | OSError:
+    """Why a file or a folder of files does not load as `what`, in one line: the damaged file, or what was said."""
+    for path in sorted(where.iterdir()) if where.is_dir() else [where]:
+        if path.is_file() and (fault := _fault(path)):
+            return ValueError(f"{path} (of {what}) {fault}")
+    if isinstance(error, OSError):
+        return error  # names its file
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(f"{where} does not hold {what}: its files are of something else, or damaged ({said[:300]})")
+
+
+def _fault(path: Path) -> str:
+    """What is wrong with a file of weights or of a configuration, as far as it alone can tell."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "is only a pointer of Git LFS, not the file: run `git lfs pull`, or download the file itself"
+    try:
+        if path.suffix == ".json":
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), (dict, list)):
+                raise ValueError("no table")
+        elif path.suffix == ".safetensors":
+            safe_open(path, "pt")
+    except Exception as error:
+        return f"is cut or damaged, fetch it again ({' '.join(str(error).split())})"
+    return ""
 
 
 def split_revision(name: str | Path) -> tuple[str, str | None]:

@@ -21,20 +21,27 @@ first, the top bit of a byte says that another byte follows. Fields stand in thi
     payload      the rest  range-coded caption tokens, hyper-latent and latent, one after the other, without
                            lengths; a decoder that reads past its end reads zeros
 
-Seven bytes come before the payload at the default size, t0, steps and seed. No field says how much memory to
-take: the image may have `FREE_PIXELS` plus `PIXELS_PER_BYTE` pixels a payload byte and never more than
-`LARGEST_IMAGE`, or the stream is refused. (`pack` appends zero bytes to the payload of a huge flat image; a
-range decoder reads zeros there anyway.)
+Seven bytes come before the payload at the default size, t0, steps and seed.
+
+Bounds. What is computed counts, not what is claimed: sides are taken rounded up to multiples of `UNIT`, to which the
+largest codec pads them. A payload of n bytes may stand for FREE_PIXELS + PIXELS_PER_BYTE * n pixels, never more than
+LARGEST_IMAGE nor than the decoder's user admits (2**20 by default), and ask for 100 denoising steps, or it is refused
+before anything is decoded. (`pack` appends zero bytes to that of a huge flat image; a range decoder reads zeros there
+anyway.) At 2**20 pixels the pocket models take up to 2.5 GB, 90 s and 55 s a step on one processor core, whatever the
+payload says, and about 1 ms a byte of it; attention makes time grow with the square of the pixels beyond.
 """
 
 from __future__ import annotations
 
 import binascii
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 MAGIC = 0x53
 VERSION = 1
 LARGEST_IMAGE = 1 << 26  # pixels: 8192 x 8192
+UNIT = 64  # pixels
 FREE_PIXELS = 1 << 20
 PIXELS_PER_BYTE = 1 << 14
 FIXED_BYTES = 7
@@ -68,8 +75,8 @@ def pack(header: StreamHeader, payload: bytes) -> bytes:
         value = getattr(header, name)
         if value is not None and not 0 <= value <= largest:
             raise ValueError(f"{name} is {value}; a .slim stream holds 0 to {largest}.")
-    if not 0 < (pixels := header.width * header.height) <= LARGEST_IMAGE:
-        raise ValueError(f"The image has {pixels} pixels; a .slim stream holds 1 to {LARGEST_IMAGE}.")
+    if not 0 < (pixels := padded(header.width, header.height)) <= LARGEST_IMAGE:
+        raise ValueError(f"The image is coded as {pixels} pixels; a .slim stream holds 1 to {LARGEST_IMAGE}.")
     if (header.t0 is None) != (header.steps is None):
         raise ValueError("t0 and steps belong together: give both, or neither to use the compressor's table.")
 
@@ -85,18 +92,35 @@ def pack(header: StreamHeader, payload: bytes) -> bytes:
     return start + _crc(start + fields + payload) + fields + payload
 
 
-def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = LARGEST_IMAGE) -> tuple[StreamHeader, bytes]:
+def padded(width: int, height: int, unit: int = UNIT) -> int:
+    """Pixels that are computed for an image: both sides are rounded up to multiples of `unit`."""
+    return -(-width // unit) * -(-height // unit) * unit**2
+
+
+def as_bytes(data: Any) -> bytes:
+    """Anything bytes-like as bytes; StreamError names what else it is."""
+    if isinstance(data, (str, Path)):
+        raise StreamError(f"{str(data)!r} is a path or text; give the bytes of a stream, Path(...).read_bytes().")
+    try:
+        return memoryview(data).tobytes()
+    except TypeError as error:
+        raise StreamError(f"A stream is bytes, not {type(data).__name__}.") from error
+
+
+def unpack(
+    data: bytes, fingerprint: int | None = None, max_pixels: int = LARGEST_IMAGE, unit: int = UNIT
+) -> tuple[StreamHeader, bytes]:
     """Split a .slim stream into header and payload, after checking everything that can be checked.
 
     Args:
         data: the whole stream.
         fingerprint: the fingerprint of the weights at hand; None skips the comparison (to look at a header).
-        max_pixels: refuse larger images.
+        max_pixels: refuse images that take more, their sides rounded up to multiples of `unit`.
 
     Raises:
         StreamError: empty, cut, altered, foreign, of another version or other weights, or of an absurd size.
     """
-    if not data:
+    if not (data := as_bytes(data)):
         raise StreamError("The stream is empty.")
     if data[0] != MAGIC:
         raise StreamError("This is not a .slim stream: it does not begin with the letter S.")
@@ -119,12 +143,12 @@ def unpack(data: bytes, fingerprint: int | None = None, max_pixels: int = LARGES
         for name in names if flags & flag else ():
             values[name], at = _read_varint(data, at, LARGEST[name])
     header, payload = StreamHeader(written_by, data[6], caption=bool(flags & CAPTION), **values), data[at:]
-    limit = min(max_pixels, FREE_PIXELS + PIXELS_PER_BYTE * len(payload))
-    if not 0 < header.width * header.height <= limit:
-        raise StreamError(
-            f"The stream claims an image of {header.width} x {header.height} pixels; "
-            f"{len(payload)} bytes of payload may claim {limit} pixels at the most."
-        )
+    size = f"The stream claims an image of {header.width} x {header.height} pixels"
+    if not 0 < padded(header.width, header.height) <= FREE_PIXELS + PIXELS_PER_BYTE * len(payload):
+        raise StreamError(f"{size}, too many (or none) for {len(payload)} bytes of payload.")
+    if (pixels := padded(header.width, header.height, unit)) > max_pixels:
+        advice = "raise max_pixels (at the shell: --max-pixels) if you trust it"
+        raise StreamError(f"{size}, decoded as {pixels}; {max_pixels} is the most that is admitted here: {advice}.")
     return header, payload
 
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -65,7 +66,7 @@ def test_captions(world: Path, capsys: Capture, caption: str, said: str) -> None
     assert said in capsys.readouterr().out
 
 
-def test_nothing_is_overwritten_unasked(world: Path, cut: bytes, capsys: Capture) -> None:
+def test_nothing_is_overwritten_unasked(world: Path, whole: bytes, capsys: Capture) -> None:
     stream, back = Path("photo.slim"), Path("back.png")
     for words, output in (("compress photo.png photo.slim", stream), ("decompress photo.slim back.png", back)):
         output.write_bytes(b"precious")
@@ -73,7 +74,7 @@ def test_nothing_is_overwritten_unasked(world: Path, cut: bytes, capsys: Capture
         assert "--force" in capsys.readouterr().err and output.read_bytes() == b"precious"
         assert slim(world, words, "--force") == 0
         assert output.read_bytes() != b"precious"
-    stream.write_bytes(cut)
+    stream.write_bytes(whole[:-5])
     back.write_bytes(b"precious")
     assert slim(world, "decompress photo.slim back.png --force") == 1
     assert back.read_bytes() == b"precious", "a failure leaves the old file alone"
@@ -83,8 +84,13 @@ def test_nothing_is_overwritten_unasked(world: Path, cut: bytes, capsys: Capture
     ("words", "reason"),
     [
         ("compress none.png out.slim", "'none.png'"),
-        ("compress text.png out.slim", "cannot identify image file"),
+        ("compress text.png out.slim", "text.png cannot be opened: it is not a picture"),
         ("compress photo.png . --force", ". is a folder"),
+        ("compress photo.png out.slim --max-pixels 3000", "photo.png has 70 x 50 pixels"),
+        ("compress photo.png out.slim --max-pixels 4000", "coded as 6144, none or more than the limit of 4000"),
+        ("compress photo.png out.slim --max-pixels 4000", "(at the shell: --max-pixels)"),
+        ("decompress whole.slim out.png --max-pixels 4000", "(at the shell: --max-pixels)"),
+        ("inspect whole.slim --max-pixels 4000", "(at the shell: --max-pixels)"),
         ("compress photo.png photo.png --force", "is a folder, or the input"),
         (f"compress photo.png out.slim --caption {'x' * 300}", "300 characters"),
         ("compress photo.png out.slim --t0 5000", "t0 is 5000"),
@@ -102,10 +108,12 @@ def test_nothing_is_overwritten_unasked(world: Path, cut: bytes, capsys: Capture
         ("inspect none.slim", "'none.slim'"),
     ],
 )
-def test_failures_say_why_in_one_line(world: Path, cut: bytes, capsys: Capture, words: str, reason: str) -> None:
+def test_failures_say_why_in_one_line(world: Path, whole: bytes, capsys: Capture, words: str, reason: str) -> None:
+    cut = whole[:-5]
     Path("text.png").write_text("no picture")
     Path("empty.slim").touch()
     Path("cut.slim").write_bytes(cut)
+    Path("whole.slim").write_bytes(whole)
     name, *rest = words.split()
     assert cli.main([name, "--scale", str(world), *rest]) == 1
     said = capsys.readouterr()
@@ -116,8 +124,27 @@ def test_failures_say_why_in_one_line(world: Path, cut: bytes, capsys: Capture, 
 
 
 @pytest.fixture(scope="module")
-def cut(tiny_codec_world: Path) -> bytes:
-    return SlimCodec.from_pretrained(tiny_codec_world).compress(picture(70, 50), caption=None)[:-5]
+def whole(tiny_codec_world: Path) -> bytes:
+    return SlimCodec.from_pretrained(tiny_codec_world).compress(picture(70, 50), caption=None)
+
+
+def test_pipes_and_odd_names(world: Path, capsys: Capture) -> None:
+    """A pipe can be read once; nothing says that it is not there."""
+    Path("photo.png").rename("mein schönes Bild.png")
+    os.mkfifo("pipe")
+
+    def through_the_pipe(source: str, words: list[str]) -> None:
+        writer = Thread(target=Path("pipe").write_bytes, args=(Path(source).read_bytes(),))
+        writer.start()
+        assert cli.main([*words, "--scale", str(world)]) == 0, capsys.readouterr().err
+        writer.join()
+
+    through_the_pipe("mein schönes Bild.png", ["compress", "pipe", "über alles.slim", "--caption", "none"])
+    assert cli.main(["compress", "mein schönes Bild.png", "b.slim", "--caption", "none", "--scale", str(world)]) == 0
+    assert Path("über alles.slim").read_bytes() == Path("b.slim").read_bytes()
+    through_the_pipe("b.slim", ["inspect", "pipe"])
+    through_the_pipe("b.slim", ["decompress", "pipe", "zurück ü.png", "--steps", "0", "--max-pixels", "6144"])
+    assert Image.open("zurück ü.png").size == (70, 50)
 
 
 def test_as_a_process(world: Path) -> None:

@@ -8,6 +8,9 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuzz_streams import fuzz
 from PIL import Image
 from tiny_codec import CAPTIONS, picture
 
@@ -147,12 +151,6 @@ def test_arguments_out_of_range(codec: SlimCodec, wrong: dict) -> None:
         codec.compress(picture(), **{"caption": None} | wrong)
 
 
-def encoded(image: Image.Image, kind: str, **settings: Any) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, kind, **settings)
-    return Image.open(io.BytesIO(file.getvalue()))
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "RGBa", "La"])
 def test_modes(codec: SlimCodec, mode: str, tmp_path: Path) -> None:
     image = original = picture(40, 24)
@@ -163,40 +161,6 @@ def test_modes(codec: SlimCodec, mode: str, tmp_path: Path) -> None:
     assert rgb.mode == "RGB" and rgb.size == (40, 24) and (error < 12 or mode == "1")
     rgb.save(tmp_path / "picture.png")
     assert codec.compress(image, caption=None) == codec.compress(tmp_path / "picture.png", caption=None)
-
-
-def test_colours_and_orientation() -> None:
-    image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
-    image.putpixel((1, 0), (200, 0, 0, 255)), image.putpixel((2, 0), (0, 0, 0, 128))
-    assert np.asarray(as_rgb(image)).tolist() == [[[255] * 3, [200, 0, 0], [127] * 3]], "transparency lies on white"
-    palette = encoded(image.convert("P"), "PNG", transparency=image.convert("P").getpixel((0, 0)))
-    assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
-    ramp = np.linspace(0, 65535, 256).round()[None].repeat(2, 0)
-    for image in (encoded(Image.fromarray(ramp.astype(np.uint16)), "PNG"), Image.fromarray(ramp.astype(np.int32))):
-        assert image.mode.startswith("I") and (np.asarray(as_rgb(image))[0, :, 0] == np.arange(256)).all()
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was turned by 90 degrees
-    assert as_rgb(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=turned)).size == (4, 8)
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
-    animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert as_rgb(animation).getpixel((3, 3)) == (255, 0, 0), "the first frame"
-
-
-def test_pictures_that_are_refused(tmp_path: Path) -> None:
-    whole = io.BytesIO()
-    picture(80, 80).save(whole, "PNG")
-    for name, data in {"cut": whole.getvalue()[:-300], "text": b"no picture", "empty": b""}.items():
-        (tmp_path / name).write_bytes(data)
-    for image, error, reason in (
-        *((tmp_path / name, ValueError, "picture") for name in ("cut", "text", "empty")),
-        (tmp_path / "none.png", FileNotFoundError, "No such file"),
-        (Image.new("1", (2000, 2000)), ValueError, "limit"),
-        (Image.fromarray(np.zeros((4, 4), np.float32)), ValueError, "floating-point"),
-        (Image.fromarray(np.full((4, 4), 70000, np.int32)), ValueError, "65535"),
-        (np.zeros((4, 4, 3), np.uint8), TypeError, "ndarray"),
-    ):
-        with pytest.raises(error, match=reason):
-            as_rgb(image)
 
 
 def test_damaged_streams(codec: SlimCodec) -> None:
@@ -226,10 +190,89 @@ def test_forged_streams_never_crash(codec: SlimCodec) -> None:
             codec.decompress(pack(replace(header, **forged), payload))
     small = other(codec)
     small.max_pixels = 64 * 64
-    with pytest.raises(ValueError, match="limit"):
-        small.compress(picture(65, 64))
-    with pytest.raises(StreamError, match="65 x 64"):
-        small.decompress(codec.compress(picture(65, 64), caption=None))
+    for size, reason in (((65, 64), "--max-pixels"), ((4096, 1), "coded as 131072,.*--max-pixels")):
+        with pytest.raises(ValueError, match=reason):
+            small.compress(picture(*size))
+        with pytest.raises(StreamError, match=f"{size[0]} x {size[1]} .*--max-pixels"):
+            small.inspect(codec.compress(picture(*size), caption=None))
+
+
+def test_forged_streams_in_bounds(codec: SlimCodec) -> None:
+    """Refused or decoded, in bounded time; `python tests/fuzz_streams.py N` for more of them."""
+    found = fuzz(other(codec), 2000)
+    assert found["read"] > 400 and found["decoded to a picture"] > 40 and len(found) > 6, found
+
+
+@pytest.mark.parametrize("place", ["encoder", "compressor", "unet", "decoder"])
+def test_numbers_that_are_not_finite(codec: SlimCodec, place: str) -> None:
+    """As half precision makes them: an error with advice wherever they arise, never a black picture."""
+    image, stream = picture(), codec.compress(picture(), caption=None, t0=100, steps=1)
+    vae, unet = codec.ldm.vae, codec.ldm.unet
+    weights = {"encoder": vae.encoder.conv_in, "unet": unet.conv_out, "decoder": vae.decoder.conv_out}
+    bias = weights[place].bias if place in weights else codec.compressor.decoder.enter.bias
+    kept = bias.detach().clone()
+    bias.data[0] = float("nan" if place == "unet" else "inf")
+    try:
+        for verb in (codec.decompress, codec.inspect):
+            if place == "compressor" or (place != "encoder" and verb == codec.decompress):
+                with pytest.raises(ValueError, match="not finite.*dtype=torch.float32"):
+                    verb(stream)
+        if place == "encoder":
+            with pytest.raises(ValueError, match="not finite.*dtype=torch.float32"):
+                codec.compress(image, caption=None)
+    finally:
+        bias.data.copy_(kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fingerprint_is_of_what_is_stored(codec: SlimCodec, tiny_codec_world: Path, dtype: torch.dtype) -> None:
+    half = SlimCodec.from_pretrained(tiny_codec_world, "cpu", dtype=dtype)
+    assert half.fingerprint == codec.fingerprint and half.ldm.dtype == next(half.ldm.vae.parameters()).dtype == dtype
+    stream = codec.compress(picture(), caption=None)
+    assert half.inspect(stream).size == len(stream)
+
+
+def test_several_threads_may_use_codecs_at_once(codec: SlimCodec) -> None:
+    """Each gets what it would get alone, and the number of torch's threads is left as it was."""
+    two = other(codec, machine=codec.machine, captioner=codec.captioner)
+    jobs = [(codec if i % 2 else two, picture(64, 64, i), i / 6) for i in range(6)]
+    inside, seen = set[int](), set[tuple[int, int]]()
+
+    def enter(*_: Any) -> None:
+        inside.add(threading.get_ident())
+        time.sleep(0.01)
+        seen.add((len(inside), torch.get_num_threads()))
+
+    def work(job: tuple[SlimCodec, Image.Image, float]) -> tuple[bytes, bytes]:
+        stream = job[0].compress(job[1], job[2], t0=100, steps=1)
+        return stream, job[0].decompress(stream).tobytes()
+
+    alone = [work(job) for job in jobs]
+    nets = codec.machine.net, codec.ldm.unet, codec.ldm.vae.encoder, codec.ldm.vae.decoder
+    handles = [net.register_forward_pre_hook(enter) for net in nets]
+    handles += [net.register_forward_hook(lambda *_: inside.discard(threading.get_ident())) for net in nets]
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(work, jobs * 2)) == alone * 2
+        assert seen == {(1, 1)} and torch.get_num_threads() == 2, "one at a time, on one thread each"
+    finally:
+        torch.set_num_threads(1)
+        for handle in handles:
+            handle.remove()
+
+
+def test_bytes_and_pipes(codec: SlimCodec, tmp_path: Path) -> None:
+    picture().save(path := tmp_path / "Bild über alles.png")
+    stream = codec.compress(path, caption=None)
+    for same in (path.read_bytes(), bytearray(path.read_bytes()), io.BytesIO(path.read_bytes()), str(path)):
+        assert codec.compress(same, caption=None) == stream
+    for same in (bytearray(stream), memoryview(stream), np.frombuffer(stream, np.uint8)):
+        assert codec.inspect(same) == codec.inspect(stream)
+        assert codec.decompress(same, steps=0).tobytes() == codec.decompress(stream, steps=0).tobytes()
+    for verb in (codec.decompress, codec.inspect):
+        with pytest.raises(StreamError, match="is a path"):
+            verb(str(path))
 
 
 def test_other_weights_are_noticed(codec: SlimCodec, tiny_codec_world: Path) -> None:

@@ -206,8 +206,8 @@ def test_refusals(model: LatentCompressor) -> None:
     for z, quality, reason in [
         (latent(8, 12), 0.5, "multiples of 8"),
         (latent(8, 8)[:, :3], 0.5, r"\(B, 4, h, w\)"),
-        (latent(8, 8, batch=2), 0.5, "one finite"),
-        (latent(8, 8) * float("nan"), 0.5, "one finite"),
+        (latent(8, 8, batch=2), 0.5, "one latent"),
+        (latent(8, 8) * float("nan"), 0.5, "not finite.*float32"),
         (latent(8, 8), 1.5, "Quality"),
         (latent(8, 8), float("nan"), "Quality"),
     ]:

@@ -7,7 +7,6 @@ the finished picture. Whoever asks may stop listening at any of these points; th
 from __future__ import annotations
 
 import functools
-import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ import matplotlib
 import numpy as np
 import pandas
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from slimlib.codec import SlimCodec, StreamReport
@@ -139,9 +138,7 @@ class Explorer:
     def photo(self, data: bytes, name: str) -> Source:
         """A photograph from the bytes of its file. Raises ValueError, in words to show, if it is none."""
         image = open_photo(data, name)
-        width, height = Image.open(io.BytesIO(data)).size
-        scaled = f", explored at {image.width} x {image.height}" if max(width, height) > LONG_SIDE else ""
-        return replace(self._source(name, image), note=f"{width} x {height} pixels{scaled}")
+        return replace(self._source(name, image), note=f"explored at {image.width} x {image.height} pixels")
 
     def codec(self, weights: str) -> SlimCodec:
         """The codec of some weights, exact, as `SlimCodec.from_pretrained` would make it; all share one LDM."""
@@ -286,15 +283,7 @@ def open_photo(data: bytes, name: str = "the file") -> Image.Image:
     Raises:
         ValueError: the file's bytes are no picture, a damaged one, or one of more than MAX_UPLOAD pixels.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.draft(None, (LONG_SIDE, LONG_SIDE))  # a large JPEG is decoded at a fraction of its size
-        image = as_rgb(image, MAX_UPLOAD)
-    except Exception as error:  # a damaged header may raise anything in Pillow's plugins
-        why = "it is not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name} cannot be opened: {why}") from error
-    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
-    return image
+    return as_rgb(data, MAX_UPLOAD, name, LONG_SIDE)
 
 
 def largest_within(encode: Callable[[int], bytes], top: int, size: int) -> bytes:
