@@ -218,12 +218,12 @@ def test_photographs_are_bounded_and_upright(models: Explorer) -> None:
     assert turned.size == (171, 256)
     assert np.abs(levels(turned) - levels(image.transpose(Image.Transpose.ROTATE_270).resize(turned.size))).mean() < 4
     photo = models.photo(file_of(image), "a.png")
-    assert photo.image.size == (256, 171) and photo.note == "600 x 400 pixels, explored at 256 x 171"
+    assert photo.image.size == (256, 171) and photo.note == "explored at 256 x 171 pixels"
     for odd in (Image.new("RGBA", (9, 300), (255, 0, 0, 9)), Image.new("I;16", (3, 2)), Image.new("1", (1, 1))):
         photo = models.photo(file_of(odd), "odd.png")
         view = list(models.look(Settings(), photo))[-1]
         assert photo.image.mode == "RGB" and view.pictures["after"].size == photo.image.size
-    assert photo.note == "1 x 1 pixels" and len(list(models.rivals(photo, view.report.size))) == 3
+    assert photo.note == "explored at 1 x 1 pixels" and len(list(models.rivals(photo, view.report.size))) == 3
 
 
 @pytest.mark.parametrize(
