@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,7 +73,8 @@ def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, t
         own = ["JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"]
         environment = {"HF_HUB_OFFLINE": "1", **os.environ, **empty, **dict.fromkeys(own, private)}
         environment["JUPYTER_PREFER_ENV_PATH"] = "1"
-        process = psutil.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+        streams: dict = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": sink}
+        process = psutil.Popen(command, env=environment, preexec_fn=_die_with_parent, **streams)
         family = [process]
         try:
             while time.monotonic() - start < time_limit:
@@ -88,6 +91,12 @@ def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, t
                     member.kill()
             psutil.wait_procs(family, timeout=10)
     return Result(time.monotonic() - start, memory, problem, output if output.exists() else log, log)
+
+
+def _die_with_parent() -> None:
+    """Whoever kills this script (kill -9) ends papermill, too, and a kernel ends with its papermill. Linux alone can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _last_words(log: str) -> str:

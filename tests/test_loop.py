@@ -143,7 +143,7 @@ def test_a_crash_loses_the_steps_since_the_checkpoint_only(tmp_path: Path, monke
     assert checkpoint(parts)["step"] == 4 and len(pd.read_csv(parts / "log.csv")) == 5
     for name in ("log.csv", "curve.csv"):
         with (parts / name).open("a") as file:
-            file.write("1")  # a line that was being written, of step 1000
+            file.write("\n\x00\x00\n5,0.1\n1")  # damaged lines, and one that was being written, of step 1000
 
     def full_disk(_state: dict, path: Path) -> None:
         Path(path).write_bytes(b"half")
