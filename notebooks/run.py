@@ -94,7 +94,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, t
 
 
 def _die_with_parent() -> None:
-    """Whoever kills this script (kill -9) ends papermill, too, and a kernel ends with its papermill. Linux alone can."""
+    """Whoever kills this script (kill -9) ends papermill, too, and a kernel ends with that. On Linux alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
