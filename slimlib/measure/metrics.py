@@ -146,17 +146,17 @@ def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws:
     sides = [side.pivot(index=["method", "variant", "quality"], columns="scene") for side in (anchor, test)]
     scenes = sorted(set.intersection(*(set(side[hits].dropna(axis=1)) for side in sides)))
     points = [(side["size"][scenes].to_numpy(float), 100 * side[hits][scenes].to_numpy(float)) for side in sides]
-    rng, refused = np.random.default_rng(0), ""
+    rng, refused = np.random.default_rng(0), "" if scenes else "no scene is common to both"
     side = max(anchor, test, key=lambda rows: "cutout" in rows)
     cluster = dict(zip(side["scene"], clusters_of(side), strict=True))
     codes, names = pd.factorize(np.array([cluster[scene] for scene in scenes], object))
     members = [np.flatnonzero(codes == code) for code in range(len(names))]
-    turns = (rng.integers(len(members), size=len(members)) for _ in range(draws if members else 0))
+    turns = [rng.integers(len(members), size=len(members)) for _ in range(draws)] if scenes else []
     picks = [np.arange(len(scenes)), *(np.concatenate([members[code] for code in turn]) for turn in turns)]
     found: dict[str, Any] = {"scenes": len(scenes)}
     for name, function in (("bd_rate", bd_rate), ("bd_accuracy", bd_accuracy)):
         deltas: list[Delta] = []
-        for pick in picks:
+        for pick in picks if scenes else ():
             try:
                 one, other = ((size[:, pick].mean(1), right[:, pick].mean(1)) for size, right in points)
                 deltas.append(function(one, other))
