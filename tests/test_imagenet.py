@@ -81,7 +81,7 @@ def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
             key = sample.key.replace("/", "_").removesuffix(".JPEG")
             about = json.dumps({"label": sample.label}).encode()
             files |= {f"{key}.cls": str(sample.label).encode(), f"{key}.jpg": sample.path.read_bytes()}
-            files |= {f"{key}.json": about, f"._{key}.jpg": b"what a Mac adds", f"@eaDir/{key}.jpg": b"and a NAS"}
+            files |= {f"{key}.json": about, f"._{key}.jpg": b"what a Mac adds"}
         write_shard(root / f"imagenet1k-validation-{number:02d}.tar", files)
     return str(root / "imagenet1k-validation-*.tar")
 
@@ -200,7 +200,8 @@ def test_names_and_patterns_of_shards(pattern: str, there: list[str], tmp_path: 
     root = tmp_path / "data [x]" / "validation"
     root.mkdir(parents=True)
     for i, name in enumerate(there):
-        write_shard(root / name, {f"{i}.jpg": b"-", f"{i}.cls": b"1"})
+        strange = {f"{folder}/{i}.jpg": b"what systems add" for folder in ("@eaDir", "__MACOSX", ".x")}
+        write_shard(root / name, {f"{i}.jpg": b"-", f"{i}.cls": b"1", **strange})
     for name in ("._a.tar", "._a-000.tar", ".a-00-x.tar"):
         (root / name).write_bytes(b"what a Mac adds")
     found = Pictures.from_shards(root / pattern)
