@@ -163,13 +163,14 @@ def test_two_that_make_one_cache_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     def slow(path: Path, data: bytes) -> None:
         if path.name == "000001.safetensors" and not others:
+            others.append(-1)  # begun
             others.append(fill(Scenes(), tmp_path / "both", **settings))  # type: ignore[arg-type]
         write(path, data)
 
     fill(Scenes(), tmp_path / "one", **settings)  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_file", slow)
-        assert fill(Scenes(), tmp_path / "both", **settings) == 0 and others == [0]  # type: ignore[arg-type]
+        assert fill(Scenes(), tmp_path / "both", **settings) == 0 and others == [-1, 0]  # type: ignore[arg-type]
     shutil.rmtree(tmp_path / "both/whole")
     for name in ("blocks/._000001.safetensors", "blocks/.0123.writing", "blocks/000001 (copy).safetensors"):
         (tmp_path / "both" / name).write_bytes(b"-")

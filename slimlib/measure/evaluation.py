@@ -326,8 +326,9 @@ def summarise(results: pd.DataFrame, pixels: int = 128**2) -> pd.DataFrame:
         for column, rows in rows_of.items():
             hits = rows.groupby(SETTING, sort=False)[name]
             table[column] = 100 * hits.mean()
-            ends = hits.apply(lambda found: interval(found, clusters[found.index]))
-            table[f"{column}_low"], table[f"{column}_high"] = ends.str[0], ends.str[1]
+            ends = {setting: interval(found, clusters[found.index]) for setting, found in hits}
+            bounds = np.array([ends.get(setting, (np.nan, np.nan)) for setting in table.index])
+            table[[f"{column}_low", f"{column}_high"]] = bounds
     for part in ("roi", "background"):
         table[f"{part}_psnr"] = -10 * np.log10(mean[f"{part}_error"].clip(lower=1e-10))
     return table.join(groups[["encode_ms", "decode_ms"]].median()).reset_index()
