@@ -99,7 +99,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, temporary)
+            with contextlib.suppress(OSError):  # not every disk knows permissions
+                shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename == str(temporary):  # nobody knows that name
@@ -112,7 +113,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 def write_file(path: str | Path, data: bytes) -> None:
     """Write a file wholly or not at all, by `whole_file`; what is a device or a pipe gets the bytes as they come."""
-    if (Path(path).exists() and not Path(path).is_file()) or str(path).startswith(("/dev/", "/proc/")):
+    opened = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/self/fd/"))
+    if opened or (Path(path).exists() and not Path(path).is_file()):
         with open(path, "ab") as file:  # /dev/stdout may be a file: nothing that it holds is lost
             file.write(data)
         return

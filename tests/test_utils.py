@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ def test_links_devices_and_pipes(tmp_path: Path) -> None:
     with (tmp_path / "log").open("ab") as log:
         utils.write_file(f"/dev/fd/{log.fileno()}", b"and more")
     assert (tmp_path / "log").read_bytes() == b"what was there, and more"
+    if Path("/dev/shm").is_dir():  # a folder like any other
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+            for data in (b"one", b"two"):
+                utils.write_file(f"{memory}/file", data)
+            assert Path(memory, "file").read_bytes() == b"two"
     with pytest.raises(IsADirectoryError, match="disk"):
         utils.write_file(tmp_path / "disk", b"-")
     for place in (target, Path("/dev/null")):
