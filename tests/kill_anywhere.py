@@ -184,7 +184,7 @@ def main() -> int:
             print(f"{name}: {seconds:.1f} s undisturbed, {len(whole)} files", flush=True)
             for number in range(options.rounds):
                 home = place / f"{name}-{number}"
-                moments = [dice.uniform(0, 1.1 * seconds) for _ in range(2)]
+                moments = [dice.uniform(0, 0.9 * seconds) for _ in range(2)]
                 killed, _ = until_it_ends(name, place, home, moments, dice)
                 found = what_came_out(home)
                 differing = [file for file in {**whole, **found} if whole.get(file) != found.get(file)]

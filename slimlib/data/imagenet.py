@@ -264,12 +264,9 @@ def _matching(pattern: str) -> list[Path]:
         some = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)] if first else words.split(",")
         head, tail = pattern[: braces.start()], pattern[braces.end() :]
         return sorted({path for word in some for path in _matching(f"{head}{word}{tail}")})
-    folder, name = os.path.split(pattern)  # a folder that is there means itself, whatever its name
-    names = (
-        [pattern]
-        if Path(pattern).exists()
-        else glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name))
-    )
+    folder, name = os.path.split(pattern)
+    folder = glob.escape(folder) if os.path.isdir(folder) else folder  # one that is there means itself
+    names = [pattern] if Path(pattern).exists() else glob.glob(os.path.join(folder, name))
     if not names:
         raise FileNotFoundError(f"no shard with pictures fits {pattern}")
     return sorted(Path(name) for name in names if not _foreign(Path(name).name))
