@@ -189,8 +189,8 @@ def _forget(path: Path, step: int) -> None:
     """Drop what a log says beyond the step that training goes on from, and lines that were cut or damaged."""
     there = path.read_bytes() if path.exists() else b""
     head, *rows = there.splitlines(keepends=True) or [b""]
-    whole = [row for row in rows if row.endswith(b"\n") and row.count(b",") == head.count(b",")]
-    kept = [row for row in whole if (number := row.partition(b",")[0]).isdigit() and int(number) <= step]
+    whole = [row for row in rows if row.endswith(b"\n") and row.partition(b",")[0].isdigit()]
+    kept = [row for row in whole if int(row.partition(b",")[0]) <= step]
     if not kept:
         path.unlink(missing_ok=True)
     elif len(kept) < len(rows):

@@ -132,7 +132,7 @@ def test_resumed_in_halves_equals_one_go(tmp_path: Path, settings: dict) -> None
 
 def test_a_crash_loses_the_steps_since_the_checkpoint_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts, turns = run(tmp_path / "whole"), tmp_path / "parts", []
-    options = {"probe": lambda _modules: {"turn": len(turns)}, "probe_every": 1}
+    options = {"probe": lambda _modules: {"turn, or batch": len(turns)}, "probe_every": 1}
 
     def loss(networks: dict) -> loop.Losses:
         turns.append(1)
