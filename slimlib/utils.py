@@ -85,11 +85,11 @@ def digest(*modules: nn.Module) -> bytes:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of a fresh file that takes the place of `path` when the block ends well, and is deleted otherwise.
 
-    It lies beside `path`, begins with a dot, and is renamed when it is on the disk, which needs no hard links: whatever
-    happens, `path` is what it was or what it shall be. Of a symbolic link the target is written; permissions stay.
+    It lies beside `path`, begins with a dot, and is renamed when it is on the disk, which needs no hard links. Of a
+    symbolic link the target is written; permissions stay.
 
     Raises:
-        OSError: a full disk, a folder that is there no more or may not be written in; `path` is named, and as it was.
+        OSError: a full disk, or a folder that may not be written in; `path` is named, and as it was.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +98,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        if path.exists():
-            with contextlib.suppress(OSError):  # not every disk knows permissions
-                shutil.copymode(path, temporary)
+        with contextlib.suppress(OSError):  # there is no file yet, or the disk knows no permissions
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename == str(temporary):  # nobody knows that name
