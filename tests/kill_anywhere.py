@@ -56,7 +56,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train_1": (slim.main, f"train --cache WORLD/cache --scale WORLD --out out --steps 8 {LOOP}"),
     "train_2": (
         slim.main,
-        f"train --stage 2 --start WORLD/compressor --task features --cache WORLD/cache --scale WORLD --out out --steps 8 {LOOP}",
+        f"train --stage 2 --start WORLD/compressor --task features "
+        f"--cache WORLD/cache --scale WORLD --out out --steps 8 {LOOP}",
     ),
     "preprocess": (
         slim.main,
@@ -75,8 +76,8 @@ TIMES = ("seconds", "encode_ms", "decode_ms", "date", "made")
 def prepare(place: Path) -> None:
     """Tiny models at both scales, a cache, pictures, and two notebooks."""
     world = tiny_codec.make_world(conftest.write_tiny_world(place / "tiny"), place / "world")
-    words = f"preprocess --data pocket --scale {world} --size 64 --n 12 --keep-images --out {world}/cache --device cpu --quiet"
-    assert slim.main(words.split()) == 0
+    words = f"preprocess --data pocket --scale {world} --size 64 --n 12 --out {world}/cache --device cpu --quiet"
+    assert slim.main([*words.split(), "--keep-images"]) == 0
     stand_in.write(place / "paper", tiny=True)
     paper_world.make_imagenet(place / "paper/data/val", 6, (0, 1, 2))
     (place / "notebooks").mkdir()
