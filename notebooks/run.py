@@ -4,15 +4,20 @@
     python notebooks/run.py 00 04      those whose names begin like that
     python notebooks/run.py --write    these and their solutions, written back with outputs, ready to commit
 
-A notebook that fails or hangs stops nothing else; the exit status tells (0: all well, 1: some failed).
+A notebook that fails or hangs stops nothing else; the exit status tells (0: all well, 1: some failed). Where a run was
+killed, the same command goes on in its folder: what has ended well there, and is still the same notebook, counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import hashlib
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +39,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
+STATE = ".unfinished.json"  # in a run's folder until it ends
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r".*(\d+%\||\d+it \[|\[\d\d:\d\d[<,]).*\n?")
 
@@ -71,7 +77,8 @@ def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, t
         own = ["JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"]
         environment = {"HF_HUB_OFFLINE": "1", **os.environ, **empty, **dict.fromkeys(own, private)}
         environment["JUPYTER_PREFER_ENV_PATH"] = "1"
-        process = psutil.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+        streams: dict = {"stdin": subprocess.DEVNULL, "stdout": sink, "stderr": sink}
+        process = psutil.Popen(command, env=environment, preexec_fn=_die_with_parent, **streams)
         family = [process]
         try:
             while time.monotonic() - start < time_limit:
@@ -88,6 +95,12 @@ def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, t
                     member.kill()
             psutil.wait_procs(family, timeout=10)
     return Result(time.monotonic() - start, memory, problem, output if output.exists() else log, log)
+
+
+def _die_with_parent() -> None:
+    """Whoever kills this script (kill -9) ends papermill, too, and a kernel ends with that. On Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _last_words(log: str) -> str:
@@ -116,6 +129,21 @@ def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def unfinished(runs: Path, words: str) -> tuple[Path, dict]:
+    """The folder of a run of the same command that somebody has killed, and what had ended well; or a new folder."""
+    for path in sorted(runs.glob(f"*/{STATE}"), reverse=True):
+        state = json.loads(path.read_text())
+        if state["command"] == words and not psutil.pid_exists(state["process"]):
+            return path.parent, state["done"]
+    return runs / datetime.now().strftime("%Y-%m-%d_%H%M%S"), {}
+
+
+def sources(notebook: Path) -> str:
+    """A digest of what is executed, which writing outputs back does not change."""
+    cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,26 +161,38 @@ def main(arguments: list[str] | None = None) -> int:
         names = ", ".join(n.stem for n in there) or "none"
         parser.error(f"no notebook begins with {' '.join(unknown) or 'a number'}; there are: {names}")
 
-    folder, rows, failed = options.runs / datetime.now().strftime("%Y-%m-%d_%H%M%S"), [], []
+    words, rows, failed = " ".join(sys.argv[1:] if arguments is None else arguments), [], []
+    folder, done = unfinished(options.runs, words)
+    state = {"command": words, "process": os.getpid(), "done": done}
+    write_file(folder / STATE, json.dumps(state).encode())
     print(f"executing {len(chosen)} of {len(there)} notebooks into {os.path.relpath(folder)}/", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         for i, notebook in enumerate(chosen, 1):
             print(f"[{i}/{len(chosen)}] {notebook.stem} ... ", end="", flush=True)
-            place = folder / notebook.relative_to(options.notebooks).parent
+            name = notebook.relative_to(options.notebooks).as_posix()
+            if name in done and done[name]["sources"] == sources(notebook):
+                print("ok, before the run was stopped", flush=True)
+                rows.append(done[name]["row"])
+                continue
+            place = (folder / name).parent
             result = run_notebook(notebook, place, time_limit=options.time_limit)
-            state = "FAILED" if result.problem else "ok"
-            print(f"{state}, {result.seconds:.0f} s", flush=True)
-            rows.append([notebook.stem, result.seconds, result.memory / 1e9, state, os.path.relpath(result.output)])
+            how = "FAILED" if result.problem else "ok"
+            print(f"{how}, {result.seconds:.0f} s", flush=True)
+            rows.append([notebook.stem, result.seconds, result.memory / 1e9, how, os.path.relpath(result.output)])
             if result.problem:
                 failed.append(f"{notebook.stem} failed: {result.problem} (log: {os.path.relpath(result.log)})")
             elif options.write:
                 clean = clean_notebook(nbformat.read(result.output, as_version=4))
                 nbformat.validate(clean)
                 write_file(notebook, (nbformat.writes(clean).rstrip("\n") + "\n").encode())
+            if not result.problem:
+                done[name] = {"sources": sources(notebook), "row": rows[-1]}
+                write_file(folder / STATE, json.dumps(state).encode())
     table = pd.DataFrame(rows, columns=["notebook", "seconds", "memory [GB]", "result", "where to look"])
     total = f"{len(rows) - len(failed)} of {len(chosen)} notebooks ran well; {table.seconds.sum():.0f} s in all."
     text = "\n".join([table.to_string(index=False, float_format="%.1f"), "", total, *failed, ""])
     write_file(folder / "summary.txt", text.encode())
+    (folder / STATE).unlink()
     print(f"\n{text}", end="")
     return int(bool(failed) or len(rows) < len(chosen))
 

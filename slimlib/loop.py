@@ -6,7 +6,6 @@ Any number of processes may share it (`torchrun`, `accelerate launch`).
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from slimlib.utils import Device, option, pick_device, rank_and_world
+from slimlib.utils import Device, option, pick_device, rank_and_world, whole_file, write_file
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 """A loss, and its parts for the log."""
@@ -152,8 +151,8 @@ def fit(
         if main and (done % config.save_every == 0 or ended or late):
             weights = {name: module.state_dict() for name, module in stored.items()}
             state = {"step": done, "seconds": seconds, "settings": settings, "modules": weights}
-            torch.save({**state, "optimizer": optimizer.state_dict()}, writing := checkpoint.with_suffix(".writing"))
-            os.replace(writing, checkpoint)
+            with whole_file(checkpoint) as writing:
+                torch.save({**state, "optimizer": optimizer.state_dict()}, writing)
         if late:
             break
     for name, average in averages.items():
@@ -187,9 +186,12 @@ def _append(path: Path, row: dict[str, float]) -> None:
 
 
 def _forget(path: Path, step: int) -> None:
-    """Drop what a log says beyond the step that training goes on from, and a line that was cut."""
-    head, *rows = (path.read_text() if path.exists() else "").splitlines(keepends=True) or [""]
-    rows = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
-    path.unlink(missing_ok=True)
-    if rows:
-        path.write_text("".join([head, *rows]))
+    """Drop what a log says beyond the step that training goes on from, and lines that were cut or damaged."""
+    there = path.read_bytes() if path.exists() else b""
+    head, *rows = there.splitlines(keepends=True) or [b""]
+    whole = [row for row in rows if row.endswith(b"\n") and row.partition(b",")[0].isdigit()]
+    kept = [row for row in whole if int(row.partition(b",")[0]) <= step]
+    if not kept:
+        path.unlink(missing_ok=True)
+    elif len(kept) < len(rows):
+        write_file(path, b"".join([head, *kept]))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import field
@@ -80,19 +81,44 @@ def digest(*modules: nn.Module) -> bytes:
     return hashed.digest()
 
 
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write a file wholly or not at all: a temporary file beside it, flushed, then renamed over it."""
-    path = Path(path)
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield the path of a fresh file that takes the place of `path` when the block ends well, and is deleted otherwise.
+
+    It lies beside `path`, begins with a dot, and is renamed when it is on the disk, which needs no hard links. Of a
+    symbolic link the target is written; permissions stay.
+
+    Raises:
+        OSError: a full disk, or a folder that may not be written in; `path` is named, and as it was.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.writing")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # there is no file yet, or the disk knows no permissions
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # nobody knows that name
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file wholly or not at all, by `whole_file`; what is a device or a pipe gets the bytes as they come."""
+    opened = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/self/fd/"))
+    if opened or (Path(path).exists() and not Path(path).is_file()):
+        with open(path, "ab") as file:  # /dev/stdout may be a file: nothing that it holds is lost
+            file.write(data)
+        return
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def quiet_libraries() -> None:

@@ -40,12 +40,16 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The whole session shares it: copy it before changing anything in it.
     """
+    return write_tiny_world(tmp_path_factory.mktemp("tiny_world"))
+
+
+def write_tiny_world(folder: Path) -> Path:
+    """What `tiny_world` is, also for scripts."""
     import torch
 
     from slimlib.utils import quiet_libraries
 
     quiet_libraries()
-    folder = tmp_path_factory.mktemp("tiny_world")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _save_ldm(folder / "ldm")

@@ -24,7 +24,7 @@ from PIL import Image
 from slimlib.caption import Captioner
 from slimlib.data import cache as module
 from slimlib.data.cache import Cache, Options, command, fill
-from slimlib.data.imagenet import Pictures, prepare
+from slimlib.data.imagenet import Pictures, Unreadable, prepare
 from slimlib.data.scenes import PocketScenes, Scene
 from slimlib.images import to_tensor
 from slimlib.ldm import LatentDiffusion
@@ -126,6 +126,61 @@ def test_mattes_and_nouns_need_no_model(tmp_path: Path) -> None:
     assert alone.latents is None and alone.images is None and alone.captions == [scene.noun for scene in scenes]
     assert np.array_equal(alone.masks, np.stack([(255 * s.mask(16, 16)).round().astype(np.uint8) for s in scenes]))
     assert np.array_equal(alone.masks, helped.masks) and alone.captions == helped.captions
+
+
+class Damaged(Scenes):
+    """All of the first block of four, and another one."""
+
+    def __getitem__(self, index: int) -> Scene:  # type: ignore[override]
+        if index in (0, 1, 2, 3, 9):
+            raise Unreadable(f"picture {index} is\ncut")
+        return super().__getitem__(index)
+
+
+class FirstBlock(Damaged):
+    def __len__(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_is_left_out_listed_and_counted(tmp_path: Path, workers: int) -> None:
+    assert fill(Damaged(), tmp_path, about={}, block=4, batch=3, workers=workers, keep_images=True, progress=False) == 0
+    found, scenes = Cache.open(tmp_path), [scene for i, scene in enumerate(Scenes()) if i not in (0, 1, 2, 3, 9)]
+    assert len(found) == 17 and found.about["pictures"] == N and found.about["unreadable"] == 5
+    assert found.labels.tolist() == [scene.label for scene in scenes]
+    assert found.captions == [scene.noun for scene in scenes] and len(found.places) == 17
+    assert torch.equal(found.batch(range(17)), to_tensor([scene.image for scene in scenes]))
+    listed = (tmp_path / "unreadable.txt").read_text()
+    assert listed == "".join(f"picture {i} is cut\n" for i in (0, 1, 2, 3, 9))
+    assert fill(Damaged(), tmp_path, about={}, block=4, keep_images=True, progress=False) == 0, "it is the same cache"
+    with pytest.raises(ValueError, match=r"none of the 4 pictures can be read: picture 0 is cut"):
+        fill(FirstBlock(), tmp_path / "none", about={}, progress=False)
+
+
+def test_two_that_make_one_cache_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other begins later and is done sooner. What systems put beside the files is none of them."""
+    write, others, settings = module.write_file, [], {"about": {}, "block": 8, "progress": False}
+
+    def slow(path: Path, data: bytes) -> None:
+        if path.name == "000001.safetensors" and not others:
+            others.append(-1)  # begun
+            others.append(fill(Scenes(), tmp_path / "both", **settings))  # type: ignore[arg-type]
+        write(path, data)
+
+    fill(Scenes(), tmp_path / "one", **settings)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_file", slow)
+        assert fill(Scenes(), tmp_path / "both", **settings) == 0 and others == [-1, 0]  # type: ignore[arg-type]
+    shutil.rmtree(tmp_path / "both/whole")
+    for name in ("blocks/._000001.safetensors", "blocks/.0123.writing", "blocks/000001 (copy).safetensors"):
+        (tmp_path / "both" / name).write_bytes(b"-")
+    assert fill(Scenes(), tmp_path / "both", **settings) == 0  # type: ignore[arg-type]
+    (tmp_path / "both/whole/._labels.npy").write_bytes(b"-")
+    assert same(Cache.open(tmp_path / "both"), Cache.open(tmp_path / "one"))
+    shutil.rmtree(tmp_path / "one/whole")
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        fill(Scenes(), tmp_path / "one", **settings)  # type: ignore[arg-type]
 
 
 def test_clipseg_is_asked_for_the_noun(tmp_path: Path) -> None:

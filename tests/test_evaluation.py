@@ -8,11 +8,13 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +105,9 @@ def test_columns_of_the_results() -> None:
     one = found[found.variant == ""]
     assert one.scene.tolist() == list(range(10)) and one.label.tolist() == [s.label for s in scenes]
     assert one.seen.tolist() == [s.seen for s in scenes] and one.seen.dtype == bool
+    assert one.cutout.tolist() == [f"picture {i}" for i in range(10)], "each its own"
+    shared = evaluate([replace(s, cutout="a fox") for s in scenes], [(Fake([("", 1)]).method, 2)], EYES, progress=False)
+    assert shared.cutout.tolist() == ["a fox"] * 2
     for at, name in enumerate(("size", "payload", "caption", "hyper", "latent", "roi_bits")):
         assert one[name].tolist() == [i + 100 * at for i in range(10)], name
     assert one[TIMES].isna().all(axis=None), "not taken"
@@ -133,6 +138,22 @@ def test_columns_of_the_table() -> None:
     expected |= {"roi_psnr": 20, "background_psnr": -10 * math.log10(0.045), "encode_ms": 4, "decode_ms": 50}
     assert row == pytest.approx(expected)
     assert list(row) == list(read_table(evaluation.RESULTS / "evaluation.csv")), "the columns that are shipped"
+
+
+def test_intervals_count_cutouts_not_scenes(tmp_path: Path) -> None:
+    """Tables of earlier editions do not say which cut-out a scene shows; rows of both may come together."""
+    many = pd.concat([results(scene=range(8 * i, 8 * i + 8), top1_b=i % 3 > 0) for i in range(12)], ignore_index=True)
+    cutouts = [f"a thing {i // 8}" for i in range(96)]
+    ends = {}
+    for name, table in {"scenes": many, "cut-outs": many.assign(cutout=cutouts)}.items():
+        table.to_csv(tmp_path / "scenes.csv", index=False)
+        (row,) = summarise(read_table(tmp_path / "scenes.csv")).to_dict("records")
+        ends[name] = row["top1_b_low"], row["top1_b_high"]
+    assert ends["scenes"] == interval(many.top1_b) and ends["cut-outs"] == interval(many.top1_b, cutouts)
+    assert np.diff(ends["cut-outs"]) > 2 * np.diff(ends["scenes"])
+    mixed = many.assign(cutout=[None] * 48 + cutouts[48:])
+    low = summarise(mixed).top1_b_low[0]
+    assert low == interval(many.top1_b, [str(i) for i in range(48)] + cutouts[48:])[0]
 
 
 def test_what_a_method_has_not_is_empty(tmp_path: Path) -> None:
@@ -426,7 +447,10 @@ def test_other_weights_have_another_key(tmp_path: Path) -> None:
     key = weights_key(one)
     assert key == weights_key(two) and len(key) == 8 and key != weights_key(one, data="other pictures")
     (two / "card.json").write_text("figures")
-    assert key == weights_key(two), "a card is no weight"
+    (two / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/config-checkpoint.json", "._config.json", "._model.safetensors"):
+        (two / name).write_text("what others leave")
+    assert key == weights_key(two), "a card is no weight, nor is what is hidden"
     (two / "model.safetensors").write_bytes(b"-")
     assert key != weights_key(two) and weights_key("hub/name@1") != weights_key("hub/name@2")
 
@@ -466,6 +490,24 @@ def test_the_command(place: SimpleNamespace, tmp_path: Path, capsys: Any, monkey
     evaluation.command(options)
     assert all(path.read_bytes() == data for path, data in written.items()), "nothing is measured twice"
     assert " 6 " in capsys.readouterr().out
+
+
+def test_an_unreadable_picture_among_many(
+    place: SimpleNamespace, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    shutil.copytree(place.data, tmp_path / "data")
+    monkeypatch.setattr(evaluation, "compare", functools.partial(compare, draws=2))
+    bad = Pictures.open(str(tmp_path / "data"), "validation", "", 8).samples[3].path
+    bad.write_bytes(bad.read_bytes()[:300])
+    rest: dict = {"only": ["WebP"], "batch": 3, "device": "cpu", "quiet": True, "work": tmp_path / "work"}
+    options = Options(scale=place.models, data=str(tmp_path / "data"), scenes=8, out=tmp_path / "out", **rest)
+    for _ in range(2):
+        assert evaluation.command(options) == 0
+        assert "1 pictures cannot be read, and are left out" in capsys.readouterr().out
+        assert json.loads((tmp_path / "out/evaluation.json").read_text())["unreadable"] == 1
+        assert read_table(tmp_path / "out/evaluation.csv").scenes.eq(7).all()
+    (listed,) = (tmp_path / "work").glob("unreadable-*.txt")
+    assert listed.read_text().startswith("3 ") and bad.name in listed.read_text()
 
 
 def test_a_process_that_is_not_the_last(place: SimpleNamespace, tmp_path: Path, capsys, monkeypatch) -> None:

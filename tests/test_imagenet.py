@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import shutil
 import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +123,54 @@ def test_folders_that_are_laid_out_otherwise(files: list[str], said: str, tmp_pa
         Pictures.from_folder(tmp_path / "none")
 
 
+STRANGE = ["._a.JPEG", ".a.JPEG.Xq1z", "@eaDir/a.JPEG", ".ipynb_checkpoints/a.JPEG", "__MACOSX/a.JPEG", "Thumbs.db"]
+STRANGE += [
+    ".DS_Store",
+    "lost+found/a.JPEG",
+    "#recycle/a.png",
+    "$RECYCLE.BIN/a.png",
+    ".0123456789.writing",
+    "notes.txt",
+]
+OWN = ["_DSC 01.JPEG", "(1).jpg", "-x.Jpg", "Ümläut.jpeg", "#1.png", "[0].webp", "a.b.c.JPEG", "deeper/x.JPEG", "x.bmp"]
+
+
+@pytest.mark.parametrize("group", ["n01440764", "n01440764_tench", "n01440764 tench, Tinca tinca"])
+def test_what_counts_as_a_picture(group: str, tmp_path: Path) -> None:
+    """What systems leave behind does not, nor our own temporary files; all that people name does."""
+    for name in [f"{group}/{name}" for name in STRANGE + OWN] + STRANGE:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(1).save(tmp_path / name, "BMP" if name.endswith("bmp") else "JPEG")
+    found = Pictures.from_folder(tmp_path)
+    assert sorted(sample.key for sample in found.samples) == sorted(f"{group}/{name}" for name in OWN)
+    assert {label for _, label in found} == {0}
+
+
+def test_unreadable_pictures_are_left_out_by_a_list(folder: Path, tmp_path: Path) -> None:
+    """Found once and written down; the rest keeps its order. What is no fault of the picture is not left out."""
+    root = tmp_path / "val"
+    shutil.copytree(folder, root)
+    whole = Pictures.from_folder(root)
+    bad = [2, 7, 11]
+    whole.samples[2].path.write_bytes(b"")
+    whole.samples[7].path.write_bytes(whole.samples[7].path.read_bytes()[:700])
+    whole.samples[11].path.unlink()
+    whole.samples[11].path.symlink_to("nowhere")
+    found, lost = Pictures.from_folder(root).readable(tmp_path / "work")
+    kept = [contents(Pictures.from_folder(folder))[i] for i in range(12) if i not in bad]
+    assert lost == 3 and contents(found) == kept and found.fingerprint() != whole.fingerprint()
+    (path,) = (tmp_path / "work").iterdir()
+    lines = path.read_text().splitlines()
+    assert [int(line.split()[0]) for line in lines] == bad
+    assert all(whole.samples[i].path.name in line for i, line in zip(bad, lines, strict=True))
+    for i in (0, *bad):
+        whole.samples[i].path.unlink()
+    assert Pictures(whole.samples).readable(tmp_path / "work")[1] == 3, "nothing is looked at twice"
+    with pytest.raises(OSError, match="Too many"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        whole.reason(1)
+
+
 @pytest.mark.parametrize("data", [b"\xff\xd8\xff and then nothing", b""])
 def test_a_damaged_picture_is_named(data: bytes, tmp_path: Path) -> None:
     (tmp_path / WNIDS[3]).mkdir()
@@ -135,8 +186,71 @@ def test_shards_hold_the_same(folder: Path, shards: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "there"),
+    [
+        ("a-{000..002}.tar", ["a-000.tar", "a-001.tar", "a-002.tar"]),
+        ("{a,b c}-{8..10}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "b c-8.tar", "b c-9.tar", "b c-10.tar"]),
+        ("a-{00..01}-*.tar", ["a-00-x.tar", "a-00-y.tar", "a-01-z.tar"]),
+        ("[1] {0..1} ü.tar", ["[1] {0..1} ü.tar"]),
+        ("*.tar", ["a.tar", "_b.tar", "ü c.tar"]),
+        ("a.TAR", ["a.TAR"]),
+    ],
+)
+def test_names_and_patterns_of_shards(pattern: str, there: list[str], tmp_path: Path) -> None:
+    root = tmp_path / "data [x]" / "validation"
+    root.mkdir(parents=True)
+    for i, name in enumerate(there):
+        strange = {f"{folder}/{i}.jpg": b"what systems add" for folder in ("@eaDir", "__MACOSX", ".x")}
+        write_shard(root / name, {f"{i}.jpg": b"-", f"{i}.cls": b"1", **strange})
+    for name in ("._a.tar", "._a-000.tar", ".a-00-x.tar"):
+        (root / name).write_bytes(b"what a Mac adds")
+    found = Pictures.from_shards(root / pattern)
+    assert sorted(sample.path.name for sample in found.samples) == sorted(there)
+    if "{" in pattern and len(there) > 1:
+        found.samples[-1].path.unlink()
+        wanted = found.samples[-1].path.name
+        with pytest.raises(FileNotFoundError) if "*" not in pattern else pytest.raises(FileNotFoundError, match="a-01"):
+            Pictures.open(str(root / pattern), "validation", "")
+        assert wanted in there
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda d: d.rstrip(b"\0") + b"\0" * (-len(d.rstrip(b"\0")) % 512),
+            "is cut",
+        ),  # behind its last member, exactly
+        (lambda d: d[:2048], "is cut"),
+        (lambda d: d + d, "goes on as another archive"),
+        (lambda d: gzip.compress(d), "damaged, or no shard"),
+        (lambda d: b"", "damaged, or no shard"),
+        (lambda d: bytes(10240), "no pictures"),
+    ],
+)
+def test_no_picture_is_lost_in_silence(damage: Any, said: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", {"0.jpg": b"-", "0.cls": b"1", "1.jpg": b"-", "1.cls": b"1"})
+    (tmp_path / "a.tar").write_bytes(damage((tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(ValueError, match=rf"a\.tar .*{said}"):
+        Pictures.open(str(tmp_path / "a.tar"), "validation", "")
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name in ("0.jpg", "0.cls", "0.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            shard.addfile(member, io.BytesIO(b"1"))
+    with pytest.raises(ValueError, match=r"0\.jpg twice"):
+        Pictures.from_shards(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(
     ("files", "said"),
     [
+        ({"0.jpg": b"-", "0.cls": b"1", "1.raw": b"-", "1.cls": b"1"}, r"1 labels without a picture, such as 1\.cls"),
+        ({"0.json": b"-"}, "holds no pictures"),
+        ({"0.jpg": b"-", "0.cls": b"-1"}, "-1 hides the labels of a test split"),
         ({"n01440764_18.jpg": b"-", "n01440764_18.cls": b"448"}, "labelled 448, but n01440764 is class 0"),
         ({"a/1.jpg": b"-", "b/1.cls": b"7"}, "a/1 has no label from 0 to 999"),
         ({"1.jpg": b"-", "1.cls": b"1000"}, "1 has no label from 0 to 999"),

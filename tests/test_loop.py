@@ -132,7 +132,7 @@ def test_resumed_in_halves_equals_one_go(tmp_path: Path, settings: dict) -> None
 
 def test_a_crash_loses_the_steps_since_the_checkpoint_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts, turns = run(tmp_path / "whole"), tmp_path / "parts", []
-    options = {"probe": lambda _modules: {"turn": len(turns)}, "probe_every": 1}
+    options = {"probe": lambda _modules: {"turn, or batch": len(turns)}, "probe_every": 1}
 
     def loss(networks: dict) -> loop.Losses:
         turns.append(1)
@@ -143,7 +143,7 @@ def test_a_crash_loses_the_steps_since_the_checkpoint_only(tmp_path: Path, monke
     assert checkpoint(parts)["step"] == 4 and len(pd.read_csv(parts / "log.csv")) == 5
     for name in ("log.csv", "curve.csv"):
         with (parts / name).open("a") as file:
-            file.write("1")  # a line that was being written, of step 1000
+            file.write("\n\x00\x00\n5,0.1\n1")  # damaged lines, and one that was being written, of step 1000
 
     def full_disk(_state: dict, path: Path) -> None:
         Path(path).write_bytes(b"half")

@@ -16,16 +16,49 @@ RATES, ACCURACIES = np.array([0.1, 0.2, 0.4, 0.8]), np.array([40.0, 60, 75, 85])
 
 def test_the_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(1)
-    ends = [interval(rng.random(200) < 0.7, draws=400) for _ in range(100)]
+    ends = [interval(rng.random(200) < 0.7) for _ in range(100)]
     assert sum(low <= 70 <= high for low, high in ends) >= 88
     assert all(math.isnan(end) for end in interval([]))
 
 
-def test_the_interval_is_that_of_resampling() -> None:
-    hits = np.random.default_rng(2).random(150) < 0.4
-    picks = np.random.default_rng(3).integers(150, size=(4_000, 150))
-    resampled = 100 * np.quantile(hits[picks].mean(1), [0.025, 0.975])
-    assert np.allclose(interval(hits, draws=4_000), resampled, atol=1.4)
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 8), (8, 8), (5, 8), (0, 1000), (1000, 1000), (760, 1000)])
+def test_the_interval_of_independent_hits_is_wilsons(hits: int, n: int) -> None:
+    share, z = hits / n, 1.959964
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    low, high = interval(np.arange(n) < hits)
+    assert (low, high) == pytest.approx((100 * (middle - half), 100 * (middle + half)), abs=1e-4) and low < high
+    assert interval(np.arange(n) < hits, [f"picture {i}" for i in range(n)]) == (low, high), "clusters of one"
+    assert interval([*(np.arange(n) < hits), math.nan]) == (low, high), "what nobody has looked at does not count"
+
+
+def test_the_interval_of_clusters_is_that_of_resampling_them() -> None:
+    """Forty cut-outs of which each is known or not: a thousand of their scenes say no more than forty."""
+    rng = np.random.default_rng(2)
+    cutouts = np.repeat([f"a thing {i}" for i in range(40)], 25)
+    hits = np.repeat(rng.random(40) < 0.6, 25) ^ (rng.random(1000) < 0.05)
+    by_cutout = hits.reshape(40, 25).mean(1)
+    resampled = 100 * np.quantile(by_cutout[rng.integers(40, size=(4000, 40))].mean(1), [0.025, 0.975])
+    shuffled = rng.permutation(1000)
+    assert interval(hits[shuffled], cutouts[shuffled]) == pytest.approx(resampled, abs=1.5)
+    narrow, wide = (np.diff(interval(hits, clusters))[0] for clusters in (None, cutouts))
+    assert wide > 4 * narrow
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_clusters_that_all_agree_are_no_certainty(right: int) -> None:
+    assert interval([right] * 1000, np.repeat(range(8), 125)) == interval([right] * 8)
+    assert interval([right] * 9, ["one"] * 9) == interval([right])
+    assert interval([1, 0] * 8, np.repeat(range(8), 2)) == interval([1, 0] * 8), "at least as wide as Wilson's"
+
+
+@pytest.mark.parametrize("hole", [(math.nan, 50.0), (0.05, math.nan), (math.nan, math.nan), (0.05, math.inf)])
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_hole_in_a_curve_does_not_hide_the_rest(hole: tuple[float, float], at: int) -> None:
+    curve = np.insert(RATES, at, hole[0]), np.insert(ACCURACIES, at, hole[1])
+    assert np.array_equal(frontier(*curve), frontier(RATES, ACCURACIES))
+    assert bd_rate((RATES * 2, ACCURACIES), curve).value == pytest.approx(-50)
+    assert frontier([hole[0]], [hole[1]]).shape == (2, 0) and math.isnan(accuracy_at(([hole[0]], [hole[1]]), 0.05))
 
 
 def test_the_frontier_rises_strictly() -> None:
@@ -101,6 +134,23 @@ def test_comparing_with_a_paired_bootstrap() -> None:
     assert compare(anchor, test, "a", draws=2)["to_accuracy"] == 42.5
     fewer = compare(anchor, curve(sizes, shares, scenes=150), draws=2)
     assert fewer["scenes"] == 150 and fewer["bd_rate"] == pytest.approx(0), "scenes that both have"
+
+
+def test_scenes_of_a_cutout_are_resampled_together() -> None:
+    """Ten scenes of each of twenty cut-outs, all of them right or wrong: chance moves far more than it seems."""
+    sizes, shares = [100, 200, 400, 800], [0.3, 0.5, 0.7, 0.85]
+    anchor, test = curve(sizes, shares), curve(sizes, [share + 0.05 for share in shares])
+    rank = {scene: i for i, scene in enumerate(np.argsort(np.random.default_rng(0).permutation(200)))}
+    cutouts = anchor.scene.map(lambda scene: f"a thing {rank[scene] // 10}")
+    alone, together = (compare(anchor.assign(**column), test) for column in ({}, {"cutout": cutouts.to_numpy()}))
+    width = {
+        name: delta["bd_accuracy_high"] - delta["bd_accuracy_low"] for name, delta in (("1", alone), ("2", together))
+    }
+    assert together["bd_accuracy"] == alone["bd_accuracy"] and width["2"] > 1.5 * width["1"]
+    each = compare(anchor.assign(cutout=anchor.scene.map("picture {}".format)), test)
+    assert each == pytest.approx(alone, nan_ok=True), "each picture a cluster of its own"
+    nothing = compare(anchor, test.assign(scene=test.scene + 1000), draws=2)
+    assert nothing["scenes"] == 0 and "no scene" in nothing["refused"] and math.isnan(nothing["bd_rate"])
 
 
 def test_a_refused_comparison_says_why() -> None:

@@ -6,6 +6,7 @@ Also the runner behind `make tutorial` and `make notebooks`, on notebooks made u
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import sys
@@ -193,6 +194,39 @@ def test_failing_notebooks_stop_nothing_else_and_fail_the_command(
     assert written.cells[2].outputs == [], "neither the progress bar nor the widget"
     assert set(written.metadata) == {"kernelspec", "language_info"}
     assert not [path for path in source.rglob("*") if path.is_file() and path.suffix != ".ipynb"]
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What has ended well counts, but for changed notebooks, other commands, and runs that may still be at work."""
+    source, ran, deadly = tmp_path / "notebooks", [], ["01_b"]
+    source.mkdir()
+    for name in ("00_a", "01_b"):
+        _write(source, name, "1")
+
+    def fake(notebook: Path, folder: Path, time_limit: float) -> run.Result:
+        ran.append(notebook.stem)
+        if notebook.stem in deadly:
+            raise SystemExit(137)
+        return run.Result(1.0, 0, "", notebook, notebook)
+
+    def go(*words: str) -> None:
+        ran.clear()
+        with contextlib.suppress(SystemExit):
+            run.main(["--notebooks", str(source), "--runs", str(tmp_path / "runs"), *words])
+
+    monkeypatch.setattr(run, "run_notebook", fake)
+    go()
+    go()
+    assert ran == ["00_a", "01_b"], "this process is alive: it may still be at work"
+    monkeypatch.setattr(run.psutil, "pid_exists", lambda _: False)
+    go("--time-limit", "9")
+    assert ran == ["00_a", "01_b"]
+    go()
+    assert ran == ["01_b"] and "00_a ... ok, before the run was stopped" in capsys.readouterr().out
+    _write(source, "00_a", "2")
+    deadly.clear()
+    go()
+    assert ran == ["00_a", "01_b"] and "2 of 2 notebooks ran well" in capsys.readouterr().out
 
 
 @pytest.mark.notebook

@@ -53,6 +53,20 @@ def test_everything_draws_with_the_style(image: Image.Image) -> None:
         plt.close(figure)
 
 
+def test_a_hole_in_a_curve_does_not_hide_the_rest() -> None:
+    ax = plt.figure().add_subplot()
+    holes = (
+        [0.1, np.nan, 0.2, 0.3],
+        [np.nan, 0.5, 0.6, 0.8],
+        "JPEG",
+        ([np.nan] * 2 + [0.5, 0.7], [np.nan] * 2 + [0.7, 0.9]),
+    )
+    plots.rate_curve(ax, *holes)
+    ax.figure.canvas.draw()
+    assert ax.dataLim.extents == pytest.approx([0.2, 50, 0.3, 90]) and ax.lines[0].get_marker() == "o"
+    plt.close("all")
+
+
 def test_every_method_has_a_colour_of_its_own() -> None:
     assert len(set(plots.COLOURS.values())) == len(plots.COLOURS)
     assert set(plots.COLOURS) >= plots.DASHED

@@ -61,6 +61,15 @@ def test_stage_1_from_random_weights(world: Path, tmp_path: Path, capsys: pytest
     assert "w_bg: 0.5 there, 0.4 asked for" in capsys.readouterr().err
 
 
+def test_what_is_no_earlier_result_is_not_replaced(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A home, the cache itself, a file: refused before hours are spent."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").touch()
+    for out in (tmp_path / "home", tmp_path / "home/thesis.tex", world / "cache"):
+        assert slim_train(world, out) == 1 and "no earlier result of training" in capsys.readouterr().err
+    assert (tmp_path / "home/thesis.tex").exists() and (world / "cache/whole").exists()
+
+
 def test_stage_2_goes_on_from_its_start(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, start = tmp_path / "two", world / "compressor"
     words = f"--stage 2 --start {start} --task features --lambda-max 3"

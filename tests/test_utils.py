@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -16,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer, HfArgumentParser
 
 from slimlib import utils
-from slimlib.data.train import write_folder
+from slimlib.data.train import restore, write_folder
 from slimlib.scales import PAPER, RUNS, Scale, hub_error, load_plain, load_pretrained, split_revision
 
 
@@ -38,6 +42,91 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
         utils.write_file(file, b"new")
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert file.read_bytes() == b"old" and found == ["model", "model/old", "new", "new/result.bin"]
+
+
+FAULTS = {"a full disk": (28, "fsync"), "another device": (18, "replace"), "no permission": (13, "replace")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ["result.bin", "mit Leerzeichen und Ümläuten.slim", "x" * 250, "[0]*?.csv"])
+def test_a_file_is_written_wholly_or_not_at_all(fault: str, name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    file, (number, function) = tmp_path / name, FAULTS[fault]
+    utils.write_file(file, b"old")
+    file.chmod(0o640)
+    utils.write_file(file, b"new")
+    assert file.read_bytes() == b"new" and stat.S_IMODE(file.stat().st_mode) == 0o640
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(1, "no hard links here")))
+    utils.write_file(file, b"newer")
+    monkeypatch.setattr(os, function, Mock(side_effect=OSError(number, fault)))
+    with pytest.raises(OSError, match=fault):
+        utils.write_file(file, b"newest")
+    assert file.read_bytes() == b"newer" and os.listdir(tmp_path) == [name]
+
+
+def test_a_disk_that_is_full_in_the_middle(tmp_path: Path) -> None:
+    """Really: a limit on the size of files, of which a part gets through."""
+    script = """
+import resource, sys
+from slimlib.utils import write_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+write_file(sys.argv[1], bytes(1_000_000))
+"""
+    (tmp_path / "a.bin").write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.bin")], capture_output=True, text=True)
+    assert "File too large" in done.stderr and (tmp_path / "a.bin").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_folder_that_nobody_may_write_in() -> None:
+    """Not even root; the error tells the name that was given, not that of our temporary file."""
+    with pytest.raises(OSError, match=r"'/proc/\d+/a\.bin'"), utils.whole_file("/proc/self/a.bin") as temporary:
+        temporary.write_bytes(b"-")
+
+
+def test_links_devices_and_pipes(tmp_path: Path) -> None:
+    """Of a link the target is written; a pipe and a device get the bytes and stay what they are."""
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "link", tmp_path / "disk/target"
+    link.symlink_to("disk/target")
+    for data in (b"through a link to nothing", b"and again"):
+        utils.write_file(link, data)
+        assert link.is_symlink() and not target.is_symlink() and target.read_bytes() == data
+    (tmp_path / "model").symlink_to("disk/model")
+    for name in ("one", "two"):
+        with write_folder(tmp_path / "model") as fresh:
+            (fresh / name).touch()
+        assert (tmp_path / "model").is_symlink() and os.listdir(tmp_path / "disk/model") == [name]
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    utils.write_file(tmp_path / "pipe", b"a stream")
+    assert os.read(reader, 99) == b"a stream" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    os.close(reader)
+    utils.write_file("/dev/null", b"-")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    (tmp_path / "log").write_bytes(b"what was there, ")
+    with (tmp_path / "log").open("ab") as log:
+        utils.write_file(f"/dev/fd/{log.fileno()}", b"and more")
+    assert (tmp_path / "log").read_bytes() == b"what was there, and more"
+    if Path("/dev/shm").is_dir():  # a folder like any other
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+            for data in (b"one", b"two"):
+                utils.write_file(f"{memory}/file", data)
+            assert Path(memory, "file").read_bytes() == b"two"
+    with pytest.raises(IsADirectoryError, match="disk"):
+        utils.write_file(tmp_path / "disk", b"-")
+    for place in (target, Path("/dev/null")):
+        with pytest.raises(NotADirectoryError, match="no folder"), write_folder(place):
+            pass
+    assert target.read_bytes() == b"and again"
+
+
+def test_a_folder_that_a_kill_left_aside_comes_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".model [1].abc"
+    (aside / "old").mkdir(parents=True)
+    (aside / "old/weights").touch()
+    for _ in range(2):
+        restore(tmp_path / "model [1]")
+        assert (tmp_path / "model [1]/weights").exists() and not (aside / "old").exists()
 
 
 def test_digests_see_names_shapes_values_and_order() -> None:

@@ -51,7 +51,7 @@ from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache, fill
 from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, PocketScenes
-from slimlib.data.train import write_card, write_folder
+from slimlib.data.train import restore, write_card, write_folder
 from slimlib.ldm import LatentDiffusion, lay_out_for_training
 from slimlib.loop import FitConfig, Losses, fit
 from slimlib.machines import Machine, load_machine
@@ -189,9 +189,9 @@ def half(module: nn.Module) -> Any:
 def once(path: Path, make: Callable[[], Any]) -> Any:
     """What takes long to make (tensors, words) is made once and kept in a file."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(make(), writing := path.with_suffix(".writing"))
-        writing.replace(path)
+        made = make()
+        with utils.whole_file(path) as writing:
+            torch.save(made, writing)
     return torch.load(path, weights_only=True)
 
 
@@ -669,8 +669,11 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     try:
         for card in HERE.glob("*/card.json"):
+            restore(options.out / card.parent.name)
             if not (options.out / card.parent.name).exists():
-                shutil.copytree(card.parent, options.out / card.parent.name)
+                with write_folder(options.out / card.parent.name) as fresh:  # what a kill leaves is no half of a model
+                    shutil.copytree(card.parent, fresh, dirs_exist_ok=True)
+        restore(options.out / "ldm/vae")
         for name in GROUPS.get(model, (model,)):
             run = Run(name, options, changed(MODELS[name].config, options), shlex.join(words))
             if utils.rank_and_world()[1] > 1 and run.recipe.train is not train_compressor:

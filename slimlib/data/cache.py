@@ -17,14 +17,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
 from slimlib.caption import Captioner
-from slimlib.data.imagenet import ImageNetScenes, Pictures
+from slimlib.data.imagenet import ImageNetScenes, Pictures, Unreadable
 from slimlib.data.scenes import PocketScenes, Scene
 from slimlib.images import to_images, to_tensor
 from slimlib.ldm import LatentDiffusion
@@ -96,7 +95,8 @@ class Cache:
             missing = len(_missing(folder, about))
             raise FileNotFoundError(f"{folder}: {missing} blocks are missing; the command that began it will go on")
         words = json.loads((whole / "words.json").read_text())
-        arrays = {path.stem: np.load(path, mmap_mode="r") for path in whole.glob("*.npy")}
+        files = {name: whole / f"{name}.npy" for name in ("latents", "masks", "labels", "images")}
+        arrays = {name: np.load(path, mmap_mode="r") for name, path in files.items() if path.exists()}
         return cls(**{"latents": None, "images": None, **arrays, **words, "about": about})
 
 
@@ -120,7 +120,8 @@ def fill(
     """Make those blocks of a cache that are this process's and are not there yet; returns how many are missing then.
 
     The region of interest is what `clipseg` finds for the noun; without it Grad-CAM of `machine` for the true class;
-    without both the scene's own matte.
+    without both the scene's own matte. A scene that is `Unreadable` is left out; once all is done, unreadable.txt lists
+    why, and about.json counts them.
 
     Args:
         scenes: any sequence of them, square and of one size.
@@ -168,10 +169,16 @@ def fill(
     todo = [(number, path) for number, path in _missing(out, about).items() if number % world == rank]
     for number, path in tqdm(todo, unit="block", disable=not progress):
         own = range(number * block, min((number + 1) * block, len(scenes)))
-        loader = DataLoader(scenes, batch, sampler=own, collate_fn=list, num_workers=workers, generator=apart)
-        parts = [look(some) for some in loader]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        words = {name: found.pop(name).tolist() for name in ("captions", "places")}
+        loader = DataLoader(
+            _Readable(scenes), batch, sampler=own, collate_fn=list, num_workers=workers, generator=apart
+        )
+        lost, parts = [], []
+        for some in loader:
+            lost += [one for one in some if isinstance(one, str)]
+            if readable := [one for one in some if not isinstance(one, str)]:
+                parts.append(look(readable))
+        found = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        words = {name: list(found.pop(name, ())) for name in ("captions", "places")} | {"unreadable": lost}
         found["words"] = np.frombuffer(json.dumps(words).encode(), np.uint8)
         write_file(path, save({name: np.ascontiguousarray(array) for name, array in found.items()}))
     missing = len(_missing(out, about))
@@ -186,7 +193,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     if not path.exists():
         write_file(path, (json.dumps(about, indent=1) + "\n").encode())
     there = json.loads(path.read_text())
-    keys = [key for key in {**there, **about} if there.get(key) != about.get(key)]
+    keys = [key for key in {**there, **about} if there.get(key) != about.get(key) and key != "unreadable"]
     if keys:
         differing = "; ".join(f"{key}: {there.get(key)} there, {about.get(key)} asked for" for key in keys)
         raise ValueError(f"{out} was begun with other settings ({differing}). Use another folder.")
@@ -194,33 +201,64 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
 
 def _missing(folder: Path, about: dict[str, Any]) -> dict[int, Path]:
     """Blocks that are still to be made: none once they are joined."""
-    paths = [folder / "blocks" / f"{b:06d}.safetensors" for b in range(-(-about["pictures"] // about["block"]))]
-    return {} if (folder / "whole").is_dir() else {b: path for b, path in enumerate(paths) if not path.exists()}
+    if (folder / "whole").is_dir():
+        return {}
+    return {b: path for b, path in enumerate(_blocks(folder, about)) if not path.exists()}
+
+
+def _blocks(folder: Path, about: dict[str, Any]) -> list[Path]:
+    return [folder / "blocks" / f"{b:06d}.safetensors" for b in range(-(-about["pictures"] // about["block"]))]
 
 
 def _join(folder: Path, about: dict[str, Any]) -> None:
     """All blocks as one file an array, in a folder that has another name until it is whole."""
-    words: dict[str, list[str]] = {"captions": [], "places": []}
+    words: dict[str, list[str]] = {"captions": [], "places": [], "unreadable": []}
+    for path in (paths := _blocks(folder, about)):
+        try:
+            with safe_open(path, "numpy") as found:
+                some = json.loads(found.get_tensor("words").tobytes())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and have it made again") from error
+        for name in some:
+            words[name] += some[name]
+    lost = words.pop("unreadable")
+    if not words["captions"]:
+        raise ValueError(f"none of the {len(lost)} pictures can be read: {lost[0]}")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".whole.") as temporary:
         fresh = Path(temporary) / "whole"
         fresh.mkdir()
-        for path in sorted((folder / "blocks").glob("*.safetensors")):
-            try:
-                found = load_file(path)
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged ({error}): delete it, and have it made again") from error
-            for name, some in json.loads(found.pop("words").tobytes()).items():
-                words[name] += some
+        for path in paths:
+            found = load_file(path)
+            del found["words"]
             for name, array in found.items():
                 with (fresh / f"{name}.npy").open("ab") as file:
                     if not file.tell():
                         layout = np.lib.format.header_data_from_array_1_0(array)
-                        layout["shape"] = (about["pictures"], *array.shape[1:])
+                        layout["shape"] = (len(words["captions"]), *array.shape[1:])
                         np.lib.format.write_array_header_1_0(file, layout)
                     file.write(array.tobytes())
         (fresh / "words.json").write_text(json.dumps(words))
-        with suppress(OSError):  # another process was first
+        if lost:
+            write_file(folder / "unreadable.txt", "".join(f"{line}\n" for line in lost).encode())
+        write_file(folder / "about.json", (json.dumps(about | {"unreadable": len(lost)}, indent=1) + "\n").encode())
+        try:
             fresh.rename(folder / "whole")
+        except OSError:
+            if not (folder / "whole").is_dir():  # else another process was first
+                raise
+
+
+class _Readable:
+    """Scenes; where one cannot be read, the reason."""
+
+    def __init__(self, scenes: Sequence[Scene]) -> None:
+        self.scenes = scenes
+
+    def __getitem__(self, index: int) -> Scene | str:
+        try:
+            return self.scenes[index]
+        except Unreadable as error:
+            return " ".join(str(error).split())
 
 
 @dataclass
@@ -273,4 +311,6 @@ def command(options: Options) -> int:
     more["rank"], more["world"] = rank_and_world()
     missing = fill(scenes, options.out, about=about, batch=options.batch, **models, **more)  # type: ignore[arg-type]
     print(f"{options.out}: {len(scenes)} pictures, " + (f"{missing} blocks are missing" if missing else "all done"))
+    if not missing and (lost := Cache.open(options.out).about.get("unreadable")):
+        print(f"{lost} of them cannot be read, and are left out: {options.out / 'unreadable.txt'} says why")
     return 0

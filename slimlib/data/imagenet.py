@@ -6,13 +6,16 @@ order of ILSVRC's own development kit is another one; labels from there are neve
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +38,18 @@ CLASS_NAMES = [text.split(",")[0] for text in ImageNetInfo("imagenet-1k").label_
 LABEL_OF = {wnid: label for label, wnid in enumerate(WNIDS)}
 PROTOCOLS: dict[str, Callable[..., Image.Image]] = {"crop": ImageOps.fit, "squash": Image.Image.resize}
 """How the literature makes squares: the centre of the picture, or all of it whatever its shape. Results name theirs."""
+TROUBLE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of a machine, not of a picture
 LARGEST = 1 << 27
 """Pixels of the largest picture that is read before it is made small; ImageNet holds some of 20 million."""
 TOTAL = {"validation": 50_000, "train": 1_281_167}
 """Pictures of ImageNet-1k's splits, for data sets that do not say how many they hold."""
-ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
+ENDINGS = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+SYSTEM = ("@eadir", "#recycle", "$recycle.bin", "lost+found", "__macosx", "thumbs.db", "system volume information")
+"""What systems leave in folders and archives, besides what begins with a dot; data have other names."""
+
+
+class Unreadable(ValueError):
+    """A picture that is damaged, or may not be read: those who look at many leave it out, and say so."""
 
 
 class Sample(NamedTuple):
@@ -65,15 +75,36 @@ class Pictures(Sequence):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:  # type: ignore[override]
-        """Picture `index` as upright RGB, and its label; ValueError says which file is damaged."""
+        """Picture `index` as upright RGB, and its label; Unreadable says which file is damaged."""
         key, label, path, offset, size = self.samples[index]
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = io.BytesIO(file.read(size))
         try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = io.BytesIO(file.read(size))
             return as_rgb(Image.open(data), LARGEST), label
         except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"{key} in {path} cannot be read: {error}") from error
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in TROUBLE:  # not the picture's
+                raise
+            raise Unreadable(f"{key} in {path} cannot be read: {error}") from error
+
+    def reason(self, index: int) -> str:
+        """Why picture `index` cannot be read; "" if it can."""
+        try:
+            self[index]
+        except Unreadable as error:
+            return " ".join(str(error).split())
+        return ""
+
+    def readable(self, folder: str | Path) -> tuple[Pictures, int]:
+        """Those that can be read, and how many cannot; a list in `folder` keeps that (delete it to look anew)."""
+        path = Path(folder) / f"unreadable-{self.fingerprint()}-{len(self)}.txt"
+        if not path.exists():
+            with ThreadPoolExecutor() as pool:
+                reasons = enumerate(pool.map(self.reason, range(len(self))))
+                write_file(path, "".join(f"{i} {why}\n" for i, why in reasons if why).encode())
+        lost = [int(line.partition(" ")[0]) for line in path.read_text().splitlines()]
+        origin = f"{self.origin} without {lost}" if lost else self.origin  # a picture has another number then
+        return Pictures([one for i, one in enumerate(self.samples) if i not in lost], origin), len(lost)
 
     def fingerprint(self) -> str:
         """Eight hex digits for the data and the draw: the same for a subset and a larger one that begins with it."""
@@ -82,13 +113,15 @@ class Pictures(Sequence):
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Pictures:
-        """ImageNet's own layout: one folder a class, named by its WordNet id, with pictures. Hidden files do not count.
+        """ImageNet's own layout: one folder a class, whose name begins with its WordNet id, with pictures at any depth.
+
+        What is hidden or left by a system does not count.
 
         Raises:
             ValueError: it is laid out otherwise; says how.
         """
-        groups = [path for path in _visible(folder) if path.is_dir()]
-        strangers = [path.name for path in groups if path.name not in LABEL_OF]
+        groups = [path for path in sorted(Path(folder).iterdir()) if path.is_dir() and not _foreign(path.name)]
+        strangers = [path.name for path in groups if path.name[:9] not in LABEL_OF]
         if strangers or not groups:
             raise ValueError(
                 f"{folder} is not laid out like ImageNet: expected folders named like n01440764, found "
@@ -96,8 +129,9 @@ class Pictures(Sequence):
                 "class folders, as the validation archive has them, into such folders first, as PyTorch's ImageNet "
                 "example describes: the development kit's ground truth counts classes in another order"
             )
-        pictures = [path for group in groups for path in _visible(group) if path.suffix.lower() in ENDINGS]
-        return cls([Sample(f"{p.parent.name}/{p.name}", LABEL_OF[p.parent.name], p) for p in pictures])
+        files = [path.relative_to(folder) for group in groups for path in sorted(group.rglob("*"))]
+        pictures = [p for p in files if p.suffix.lower() in ENDINGS and not _foreign(p.as_posix())]
+        return cls([Sample(p.as_posix(), LABEL_OF[p.parts[0][:9]], Path(folder, p)) for p in pictures])
 
     @classmethod
     def from_shards(cls, pattern: str | Path) -> Pictures:
@@ -105,31 +139,42 @@ class Pictures(Sequence):
 
         They are read in place through an index of offsets, so that any picture can be had without the ones before.
 
+        Args:
+            pattern: with wildcards, or with braces, as WebDataset writes them: {000..063}, {a,b}; or one file's name.
+
         Raises:
-            FileNotFoundError: no file fits the pattern.
-            ValueError: a shard is damaged; a picture has no label, or one that the WordNet id in its key contradicts.
+            FileNotFoundError: no file fits the pattern, or one that braces name is not there.
+            ValueError: a shard is damaged, cut or empty; a picture has no label, one that the WordNet id in its key
+                contradicts, or a name that another has; a label has no picture.
         """
         samples = []
-        for path in map(Path, sorted(glob.glob(str(pattern)))):
-            pictures, labels = {}, {}
+        for path in _matching(str(pattern)):
+            pictures: dict[str, tuple[int, int]] = {}
+            labels: dict[str, int] = {}
             try:
                 with tarfile.open(path, "r:") as shard:
                     for member in shard:
                         ending = member.name.rpartition("/")[2].partition(".")[2]
-                        key = member.name.removesuffix(f".{ending}")
-                        if f".{ending.lower()}" in ENDINGS:
+                        key, of = member.name.removesuffix(f".{ending}"), ending.lower()
+                        if _foreign(member.name) or not member.isfile():
+                            continue
+                        if key in (pictures if f".{of}" in ENDINGS else labels if of == "cls" else ()):
+                            raise ValueError(f"it holds {member.name} twice")
+                        if f".{of}" in ENDINGS:
                             pictures[key] = member.offset_data, member.size
-                        elif ending == "cls":
+                        elif of == "cls":
                             labels[key] = int(shard.extractfile(member).read())  # type: ignore[union-attr]
-                with path.open("rb") as file:
+                with path.open("rb") as file:  # tarfile takes a damaged header, or none at all, for the end
                     file.seek(shard.offset)
-                    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
-                        raise ValueError(f"the header at byte {shard.offset} is none")
+                    end = file.read(1 << 20)
+                if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+                    raise ValueError(f"at byte {shard.offset} it is cut, damaged, or goes on as another archive")
             except (tarfile.TarError, ValueError) as error:
                 raise ValueError(f"{path} is damaged, or no shard: {error}") from error
             samples += [Sample(key, _checked(key, labels.get(key), path), path, *at) for key, at in pictures.items()]
-        if not samples:
-            raise FileNotFoundError(f"no shard with pictures fits {pattern}")
+            if (bare := sorted(labels.keys() - pictures.keys())) or not pictures:
+                what = f"{len(bare)} labels without a picture, such as {bare[0]}.cls" if bare else "no pictures"
+                raise ValueError(f"{path} holds {what}")
         return cls(samples)
 
     @classmethod
@@ -159,18 +204,19 @@ class Pictures(Sequence):
         label = next((word for word in ("label", "cls") if word in columns), None)
         if not picture or not label:
             raise ValueError(f"{name} has the columns {', '.join(columns)}; expected image and label, or jpg and cls")
-        order = _label_order(getattr(columns[label], "names", None), name)
+        order = _label_order(getattr(columns[label], "names", None), name) | {-1: -1}
         total = getattr((rows.info.splits or {}).get(split), "num_examples", None) or TOTAL[split]
         wanted = subset(total, n, seed)
         folder = Path(folder) / re.sub(r"\W+", "-", f"{name} {split}").strip("-").lower()
-        kept = {int(path.stem[:8]): path for path in folder.glob("*.img")}
+        kept = {int(path.stem[:8]): path for path in folder.glob("[0-9]*.img")}  # and nothing hidden
         missing = sorted(set(wanted) - set(kept))
         stream = enumerate(rows.skip(missing[0]), missing[0]) if missing else iter(())
         for index in missing:
             row = next((row for at, row in stream if at == index), None)
             if row is None:
                 raise ValueError(f"{name} has fewer pictures than the {total} that were expected")
-            of_class = _checked(str(row.get("__key__")), order.get(int(row[label])), f"{name}, picture {index}")
+            said = order.get(-1 if row[label] is None else int(row[label]))
+            of_class = _checked(str(row.get("__key__")), said, f"{name}, picture {index}")
             kept[index] = folder / f"{index:08d}-{of_class}.img"
             write_file(kept[index], row[picture]["bytes"] or Path(row[picture]["path"]).read_bytes())
         samples = [Sample(kept[i].stem, int(kept[i].stem[9:]), kept[i]) for i in wanted]
@@ -182,7 +228,7 @@ class Pictures(Sequence):
 
         Args:
             data: a split's folder of class folders, or the folder with train/ and val/ in it; a pattern of shards
-                (ends in .tar), where "{split}" stands for the split; or "hub:owner/name".
+                (for `from_shards`), where "{split}" stands for the split; or "hub:owner/name".
             split: "validation" or "train".
             folder: where pictures of the hub are kept.
         """
@@ -190,7 +236,8 @@ class Pictures(Sequence):
             return cls.from_hub(data.removeprefix("hub:"), split, folder, n, seed)
         inside = Path(data) / ("val" if split == "validation" else split)
         place = str(inside) if inside.is_dir() else data.replace("{split}", split)
-        whole = (cls.from_shards(place) if place.endswith(".tar") else cls.from_folder(place)).samples
+        shards = not Path(place).is_dir() and ".tar" in place.lower()
+        whole = (cls.from_shards(place) if shards else cls.from_folder(place)).samples
         drawn = [whole[i] for i in subset(len(whole), n, seed)]
         return cls(drawn, f"{len(whole)} drawn by {seed}" if n else None)
 
@@ -204,15 +251,32 @@ def subset(total: int, n: int | None, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).permutation(total)[:n].tolist()
 
 
-def _visible(folder: str | Path) -> list[Path]:
-    """What a folder holds, sorted, without what systems leave there: ".DS_Store", "._x.jpg", "@eaDir", "lost+found"."""
-    return sorted(p for p in Path(folder).iterdir() if p.name[0].isalnum() and p.name != "lost+found")
+def _foreign(name: str) -> bool:
+    """Whether a file, or a folder that it lies in, is hidden or left by a system: "._x.jpg", "@eaDir", "Thumbs.db"."""
+    return any(part[0] == "." or part.lower() in SYSTEM for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Files by a name or a pattern of names, sorted; FileNotFoundError where there is none."""
+    braces = None if Path(pattern).exists() else re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if braces:
+        first, last, words = braces.groups()
+        some = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)] if first else words.split(",")
+        head, tail = pattern[: braces.start()], pattern[braces.end() :]
+        return sorted({path for word in some for path in _matching(f"{head}{word}{tail}")})
+    folder, name = os.path.split(pattern)
+    folder = glob.escape(folder) if os.path.isdir(folder) else folder  # one that is there means itself
+    names = [pattern] if Path(pattern).exists() else glob.glob(os.path.join(folder, name))
+    if not names:
+        raise FileNotFoundError(f"no shard with pictures fits {pattern}")
+    return sorted(Path(name) for name in names if not _foreign(Path(name).name))
 
 
 def _checked(key: str, label: int | None, where: str | Path) -> int:
     """A label that exists, and that the WordNet id in the key, where there is one, does not contradict."""
     if label is None or not 0 <= label < len(WNIDS):
-        raise ValueError(f"{where}: {key} has no label from 0 to {len(WNIDS) - 1}")
+        hidden = " (-1 hides the labels of a test split: take train or validation)" if label == -1 else ""
+        raise ValueError(f"{where}: {key} has no label from 0 to {len(WNIDS) - 1}{hidden}")
     said = [wnid for wnid in re.findall(r"n\d{8}", key) if wnid in LABEL_OF]
     if said and LABEL_OF[said[-1]] != label:
         raise ValueError(

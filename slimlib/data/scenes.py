@@ -51,6 +51,7 @@ class Scene:
     noun: str  # the RoI in words, "a red fox"
     place: str  # the background in words, "in a forest"
     seen: bool  # False when this cut-out never occurs in training
+    cutout: str = ""  # the noun of the cut-out that others show, too, so that they are not independent; "": nobody does
 
     @property
     def caption(self) -> str:
@@ -121,7 +122,7 @@ class PocketScenes:
         cutout = choices[rng.integers(len(choices))]
         background = self._backgrounds[rng.integers(len(self._backgrounds))]
         image, matte = compose(cutout, background, self.size, rng)
-        return Scene(image, matte, label, cutout.noun, background.place, not cutout.held_out)
+        return Scene(image, matte, label, cutout.noun, background.place, not cutout.held_out, cutout.noun)
 
 
 def compose(

@@ -15,6 +15,8 @@ Examples:
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import json
 import os
 import shlex
@@ -74,6 +76,10 @@ def command(options: Job) -> int:
     work, begin = options.out.with_name(f"{options.out.name}.training"), time.monotonic()
     if (work / "checkpoint.pt").exists() and not options.resume:
         raise ValueError(f"{work} holds a checkpoint: go on from it with --resume, or name another folder in --out")
+    for folder in filter(None, (options.start, options.out)):
+        restore(folder)
+    if options.out.is_file() or (any(options.out.glob("*")) and not (options.out / "card.json").exists()):
+        raise ValueError(f"{options.out} is, or holds, no earlier result of training; name another folder in --out")
     quiet_libraries()
     config, cache, device = _configure(options), Cache.open(options.cache), utils.pick_device(options.device)
     model = _train(options, config, cache, work, device)
@@ -137,14 +143,23 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
 
 @contextlib.contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a fresh folder that replaces `path` when the block ends well, and is deleted when it does not."""
-    path = Path(path)
+    """Yield a fresh folder that replaces `path`, with all that it held, when the block ends well; deleted otherwise.
+
+    Of a symbolic link the target is replaced. Should the process be killed between the two renames, `restore` finds
+    what was there.
+
+    Raises:
+        NotADirectoryError: `path` is a file, or a device: these are left alone.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "this is no folder; name another one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(None, f".{path.name[:99]}.", path.parent, ignore_cleanup_errors=True) as temporary:
         fresh, old = Path(temporary) / "new", Path(temporary) / "old"
         fresh.mkdir()
         yield fresh
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             os.replace(path, old)
         try:
             os.replace(fresh, path)
@@ -152,6 +167,14 @@ def write_folder(path: str | Path) -> Iterator[Path]:
             if old.exists():
                 os.replace(old, path)
             raise
+
+
+def restore(path: str | Path) -> None:
+    """Bring back a folder that `write_folder` had moved away when its process was killed."""
+    path = Path(os.path.realpath(path))
+    for old in path.parent.glob(f".{glob.escape(path.name[:99])}.*/old"):
+        if not path.exists():
+            os.replace(old, path)
 
 
 def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:

@@ -43,7 +43,7 @@ from slimlib.ldm import LatentDiffusion, last
 from slimlib.measure import methods
 from slimlib.measure.baselines import PixelCodec
 from slimlib.measure.methods import QUALITIES, VARIANTS, Method
-from slimlib.measure.metrics import compare, interval
+from slimlib.measure.metrics import clusters_of, compare, interval
 from slimlib.scales import ASSETS, Scale
 from slimlib.utils import option, write_file
 
@@ -91,9 +91,13 @@ def command(options: Options) -> int:
     machines: dict[str, Any] = {**methods.open_machines(scale, device)}
     draw = (max(options.counts()), options.data, options.protocol, options.seed)
     scenes = open_scenes(scale, "test", *draw, machines["a"])
+    lost = 0
     if isinstance(scenes, ImageNetScenes):
         machines = {name: AsPublished(machine) for name, machine in machines.items()}
-    jobs = all_jobs(options, scale, scenes)
+        scenes.pictures, lost = scenes.pictures.readable(options.work)
+        if lost:
+            print(f"{lost} pictures cannot be read, and are left out: {options.work}/unreadable-*.txt says why")
+    jobs = [(method, min(n, len(scenes)) if lost else n) for method, n in all_jobs(options, scale, scenes)]
     show = not options.quiet and utils.rank_and_world()[0] == 0
     results = evaluate(scenes, jobs, machines, options.work, show, options.batch)
     if len(results) < sum(n * len(method.settings) for method, n in jobs):
@@ -106,7 +110,8 @@ def command(options: Options) -> int:
     if out:
         names = repr(scale).replace(f"{ASSETS.parent}/", "")
         about = {"command": f"slim {shlex.join(sys.argv[1:])}", "scale": names, "bf16": options.bf16}
-        save_tables(out, results, jobs, scenes, about | {"device": utils.describe_device(device)})
+        about |= {"device": utils.describe_device(device), "unreadable": lost}
+        save_tables(out, results, jobs, scenes, about)
     return 0
 
 
@@ -160,7 +165,7 @@ def weights_key(*places: str | Path, data: str = "") -> str:
     for place in places:
         files = sorted(path for path in Path(place).rglob("*") if path.suffix in (".safetensors", ".json"))
         for path in files:
-            if path.name != "card.json":
+            if path.name != "card.json" and not any(part[0] == "." for part in path.relative_to(place).parts):
                 hashed.update(path.relative_to(place).as_posix().encode() + path.read_bytes())
         hashed.update(b"" if files else str(place).encode())
     return hashed.hexdigest()[:8]
@@ -186,12 +191,12 @@ def evaluate(
         batch: scenes that go through the networks together: a block.
 
     Returns:
-        A row for each method, variant, quality and scene (its index), with label and seen (whether training knew the
-        cut-out); size, payload: bytes of the file, and without its headers; caption, hyper, latent: bytes of its parts,
-        by what their symbols cost; roi_bits: share of the latent's bits inside the region of interest, by area of each
-        cell; encode_ms, decode_ms: time of one picture alone; top1_NAME: whether the machine sees the right class;
-        roi_error, background_error: mean squared error of pixels in [0, 1], weighted by the matte and its rest. NaN is
-        what a method has not, and times that were not taken.
+        A row for each method, variant, quality and scene (its index), with label, cutout (the object that it shows, or
+        a word of its own) and seen (whether training knew that); size, payload: bytes of the file, and without its
+        headers; caption, hyper, latent: bytes of its parts, by what their symbols cost; roi_bits: share of the latent's
+        bits inside the region of interest, by area of each cell; encode_ms, decode_ms: time of one picture alone;
+        top1_NAME: whether the machine sees the right class; roi_error, background_error: mean squared error of pixels
+        in [0, 1], weighted by the matte and its rest. NaN is what a method has not, and times that were not taken.
 
     Raises:
         ValueError: a method asks for more scenes than there are.
@@ -237,8 +242,9 @@ def _look(
     setting: dict[str, Any], batch: methods.Batch, x_hat: Tensor, spent: pd.DataFrame, machines: Mapping[str, Any]
 ) -> pd.DataFrame:
     """By scene: what was spent, what the machines see, and how far the pictures are from the originals."""
-    seen = [scene.seen for scene in batch.scenes]
-    rows = pd.DataFrame({**setting, "scene": batch.indices, "label": batch.labels.numpy(), "seen": seen})
+    rows = pd.DataFrame({**setting, "scene": batch.indices, "label": batch.labels.numpy()})
+    rows["cutout"] = [one.cutout or f"picture {i}" for i, one in zip(batch.indices, batch.scenes, strict=True)]
+    rows["seen"] = [scene.seen for scene in batch.scenes]
     rows = rows.join(spent.reindex(columns=methods.SPENT).astype(float))
     for name, machine in machines.items():
         rows[f"top1_{name}"] = (machine(x_hat.to(machine.mean.device)).argmax(1).cpu() == batch.labels).numpy()
@@ -253,7 +259,9 @@ def _look(
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """A table that was written here. (`pandas.read_csv` does as well, but makes NaN of a variant that is "".)"""
-    return pd.read_csv(path, float_precision="round_trip", converters=dict.fromkeys(("variant", "refused"), str))
+    return pd.read_csv(
+        path, float_precision="round_trip", converters=dict.fromkeys(("variant", "refused", "cutout"), str)
+    )
 
 
 def save_tables(
@@ -304,6 +312,7 @@ def summarise(results: pd.DataFrame, pixels: int = 128**2) -> pd.DataFrame:
             shared = of.scene.isin(set.intersection(*ablations.agg(set)))
             parts.append(of[(of.variant == "") & shared].assign(variant=AS_IT_IS))
     results = pd.concat(parts, ignore_index=True)
+    clusters = clusters_of(results)
     groups = results.assign(roi=results.roi_bits * results.latent).groupby(SETTING, sort=False)
     mean, total = groups.mean(numeric_only=True), groups.sum(numeric_only=True)
     table = pd.DataFrame({"scenes": groups.size(), "bpp": 8 * mean["size"] / pixels})
@@ -317,8 +326,9 @@ def summarise(results: pd.DataFrame, pixels: int = 128**2) -> pd.DataFrame:
         for column, rows in rows_of.items():
             hits = rows.groupby(SETTING, sort=False)[name]
             table[column] = 100 * hits.mean()
-            for at, end in enumerate(("low", "high")):
-                table[f"{column}_{end}"] = hits.agg(lambda found, at=at: interval(found)[at])
+            ends = {setting: interval(found, clusters[found.index]) for setting, found in hits}
+            bounds = np.array([ends.get(setting, (np.nan, np.nan)) for setting in table.index])
+            table[[f"{column}_low", f"{column}_high"]] = bounds
     for part in ("roi", "background"):
         table[f"{part}_psnr"] = -10 * np.log10(mean[f"{part}_error"].clip(lower=1e-10))
     return table.join(groups[["encode_ms", "decode_ms"]].median()).reset_index()

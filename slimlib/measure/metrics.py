@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 MIN_OVERLAP = 0.3  # least share that two curves must have in common, of all that they cover, for a delta
 ENDS = 0.025, 0.975  # quantiles that bound the middle 95% of all resamples
@@ -30,31 +31,57 @@ class Delta:
     overlap: float = math.nan  # its share of all that either covers
 
 
-def interval(hits: Sequence[bool] | np.ndarray, draws: int = 2_000) -> tuple[float, float]:
-    """95% bootstrap interval of an accuracy, in percent: resample scenes with replacement (Efron, 1979)."""
-    values = np.asarray(hits, float)
+def interval(
+    hits: Sequence[bool] | np.ndarray, clusters: Sequence | np.ndarray | None = None, draws: int = 2_000
+) -> tuple[float, float]:
+    """95% interval of an accuracy, in percent; never of width 0, and NaN where there are no hits or misses to count.
+
+    Hits that are independent have Wilson's interval (1927). Pictures of one object are not: where `clusters` says which
+    hits belong together, whole clusters are resampled with replacement (Efron, 1979), and the interval is at least as
+    wide as Wilson's. Where all or no hits are right, resampling sees no spread: Wilson's is of the number of clusters.
+    """
+    hits = np.asarray(hits, float)
+    known = np.isfinite(hits)
+    values = hits[known]
     if not len(values):
         return math.nan, math.nan
-    # How many of n hits a resample holds is binomial: the bootstrap of a proportion needs no resampling.
-    counts = np.random.default_rng(0).binomial(len(values), values.mean(), draws)
-    low, high = np.quantile(counts / len(values), ENDS)
+    of, members = np.unique(np.arange(len(hits)) if clusters is None else clusters, return_inverse=True)
+    sizes, right = (np.bincount(members[known], weight, len(of)) for weight in (None, values))
+    right, sizes = right[sizes > 0], sizes[sizes > 0]
+    share, n = values.mean(), len(values) if 0 < values.mean() < 1 else len(sizes)
+    low, high = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    if len(sizes) < len(values):
+        rng = np.random.default_rng(0)
+        picks = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), draws)  # how often each is drawn
+        ends = np.quantile(picks @ right / (picks @ sizes), ENDS)
+        low, high = min(low, ends[0]), max(high, ends[1])
     return 100 * float(low), 100 * float(high)
 
 
+def clusters_of(results: pd.DataFrame) -> pd.Series:
+    """What is resampled together, for each row of results by scene: the scenes of a cut-out; else each scene alone."""
+    scenes = results["scene"].astype(str)
+    return results["cutout"].fillna(scenes) if "cutout" in results else scenes
+
+
 def frontier(rates: Sequence[float] | np.ndarray, accuracies: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The points that no other point beats, (2, n), rate and accuracy strictly rising: what the deltas are taken of."""
+    """The points that no other point beats, (2, n), rate and accuracy strictly rising: what the deltas are taken of.
+
+    Points without a rate or an accuracy (NaN) do not count.
+    """
     best: list[tuple[float, float]] = []
+    points = [point for point in zip(rates, accuracies, strict=True) if np.isfinite(point).all()]
     # Of equal rates the most accurate comes first, so that the others fall away.
-    for rate, accuracy in sorted(zip(rates, accuracies, strict=True), key=lambda point: (point[0], -point[1])):
+    for rate, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or accuracy > best[-1][1]:
             best.append((float(rate), float(accuracy)))
-    return np.array(best).T
+    return np.array(best).reshape(-1, 2).T
 
 
 def accuracy_at(curve: Curve, rate: float) -> float:
     """Accuracy of a curve's frontier at a rate, linear in the logarithm of the rate; NaN outside of what it covers."""
     rates, accuracies = frontier(*curve)
-    if not rates[0] <= rate <= rates[-1]:
+    if not len(rates) or not rates[0] <= rate <= rates[-1]:
         return math.nan
     return float(np.interp(np.log(rate), np.log(rates), accuracies))
 
@@ -103,6 +130,8 @@ def _delta(function: str, anchor: Curve, test: Curve, min_overlap: float) -> Del
 def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws: int = 200) -> dict[str, Any]:
     """Both deltas between two curves, with 95% intervals from a paired bootstrap over the scenes that both have.
 
+    Scenes of one cut-out are resampled together (`clusters_of`).
+
     Args:
         anchor, test: results by scene (see `slimlib.measure.evaluation.evaluate`); each setting is a point of a curve.
         machine: whose hits count.
@@ -117,12 +146,17 @@ def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws:
     sides = [side.pivot(index=["method", "variant", "quality"], columns="scene") for side in (anchor, test)]
     scenes = sorted(set.intersection(*(set(side[hits].dropna(axis=1)) for side in sides)))
     points = [(side["size"][scenes].to_numpy(float), 100 * side[hits][scenes].to_numpy(float)) for side in sides]
-    rng, refused = np.random.default_rng(0), ""
-    picks = [np.arange(len(scenes)), *(rng.integers(len(scenes), size=len(scenes)) for _ in range(draws))]
+    rng, refused = np.random.default_rng(0), "" if scenes else "no scene is common to both"
+    side = max(anchor, test, key=lambda rows: "cutout" in rows)
+    cluster = dict(zip(side["scene"], clusters_of(side), strict=True))
+    codes, names = pd.factorize(np.array([cluster[scene] for scene in scenes], object))
+    members = [np.flatnonzero(codes == code) for code in range(len(names))]
+    turns = [rng.integers(len(members), size=len(members)) for _ in range(draws)] if scenes else []
+    picks = [np.arange(len(scenes)), *(np.concatenate([members[code] for code in turn]) for turn in turns)]
     found: dict[str, Any] = {"scenes": len(scenes)}
     for name, function in (("bd_rate", bd_rate), ("bd_accuracy", bd_accuracy)):
         deltas: list[Delta] = []
-        for pick in picks:
+        for pick in picks if scenes else ():
             try:
                 one, other = ((size[:, pick].mean(1), right[:, pick].mean(1)) for size, right in points)
                 deltas.append(function(one, other))
