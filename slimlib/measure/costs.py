@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -152,18 +153,18 @@ class Work(NamedTuple):
     """What a job does to each of so many pictures."""
 
     times: int
-    cpu: dict[str, float]  # how often which of CPU_SECONDS
-    full: dict[str, float] = {}  # passes in float32, in which PyTorch does convolutions, not products, in TF32
-    half: dict[str, float] = {}  # passes in bf16
+    cpu: Mapping[str, float]  # how often which of CPU_SECONDS
+    full: Mapping[str, float] = {}  # passes in float32, in which PyTorch does convolutions, not products, in TF32
+    half: Mapping[str, float] = {}  # passes in bf16
     learnt: tuple[str, ...] = ()  # passed forward and back, in bf16 by autocast
 
 
 def work(p: Plan) -> dict[str, Work]:
     """The jobs, as the code does them; `slim evaluate` with --bf16, of every compressor.
 
-    Grad-CAM is one pass for a given class and two for the machine's own guess; its gradient ends in the last layer.
-    In the evaluation it is also the matte; `compress` encodes the picture anew for each file; `ablations` are what the
-    method's own files do not give.
+    Grad-CAM is one pass for the true class (the mask, or the matte of a test picture) and two for the machine's own
+    guess (the crop); its gradient ends in the last layer. `compress` runs the VAE's encoder for each file. `ablations`
+    leave out the files that the method has. Not counted: the uncompressed pictures, and the VAE's of them.
     """
     tested, q = p.compressors + p.seeds, p.qualities
     changes = [(v, q if v.latent else 1) for name, v in VARIANTS.items() if name]
@@ -171,7 +172,8 @@ def work(p: Plan) -> dict[str, Work]:
     shown, led, walked = sum(n for n, _ in walks), sum(n for n, k in walks if k), sum(n * k for n, k in walks)
     files = q * len({v.caption for v, _ in changes} - {"auto"})
     one, two = p.compressors * p.stage1_steps, p.seeds * p.stage2_steps
-    look = {"machine A": 3, "captioner": 1}  # in the evaluation the first of the three is for the matte
+    look = {"machine A": 3, "captioner": 1}
+    seen = {"machine A": shown, "machine B": shown, "captioner": 1, "compressor": 2 * files}
     own = {"VAE encoder": files, "UNet": 2 * walked, "text encoder": led, "VAE decoder": shown}
     jobs = {
         "preprocessing": Work(p.train_images, {"open": 1, "caption": 1}, {"VAE encoder": 1, **look}),
@@ -179,12 +181,7 @@ def work(p: Plan) -> dict[str, Work]:
         "stage 2": Work(two * p.stage2_batch, {"stage 2": 1 / p.stage2_batch}, {"text encoder": 1}, {}, THROUGH),
         "files": Work(p.images * tested, {"caption": 1, "code": q}, {**look, "compressor": 2 * q}, {"VAE encoder": q}),
         "decoding": Work(p.images * tested * q, {"judge": 1}, SEEN, {**LED, "UNet": 2 * p.steps}),
-        "ablations": Work(
-            p.ablation_images,
-            {"caption": 1, "code": files, "judge": shown},
-            {"machine A": shown, "machine B": shown, "captioner": 1, "compressor": 2 * files},
-            own,
-        ),
+        "ablations": Work(p.ablation_images, {"caption": 1, "code": files, "judge": shown}, seen, own),
         "classic codecs": Work(p.images, {"open": 1, "classic": 1}, dict.fromkeys(SEEN, CLASSIC_FILES)),
     }
     return {name: job for name, job in jobs.items() if job.times}
@@ -239,9 +236,7 @@ def jobs_table(plan: Plan) -> pd.DataFrame:
     table["core hours*"] = times * pd.Series(core) / 3600
     cpu = table["core hours*"] / [1 if name.startswith("stage") else plan.cores for name in done]  # step after step
     low, high = table["GPU hours*"] / plan.gpus, table["to"] / plan.gpus
-    table["bound by"] = [
-        "GPU" if x < a else "CPU" if x > b else "either" for x, a, b in zip(cpu, low, high, strict=True)
-    ]
+    table["bound by"] = ["GPU" if c < low[job] else "CPU" if c > high[job] else "either" for job, c in cpu.items()]
     table["hours*"], table["to "] = low.clip(lower=cpu), high + cpu
     table["dollars*"], table["to  "] = (plan.gpus * plan.price * table[end] for end in ("hours*", "to "))
     table.loc["all"] = table.iloc[:, 4:].sum(numeric_only=True)
@@ -260,14 +255,12 @@ def as_text(table: pd.DataFrame) -> str:
 
 def _values() -> list[tuple]:
     """The plan's name, and each of its values as an option that is None where it is not given."""
-    kinds, rows = (
-        get_type_hints(Plan),
-        [("plan", Literal["look", "honest", "all"], option("honest", "an evening, or more"))],
-    )
+    kinds, usual = get_type_hints(Plan), vars(Plan())
+    rows = [("plan", Literal["look", "honest", "all"], option("honest", "values of what is not given"))]
     for f in fields(Plan):
-        default = getattr(Plan(), f.name)
-        told = ", ".join(f"{name} {values.get(f.name, default)}" for name, values in PLANS.items())
-        rows.append((f.name, kinds[f.name] | None, option(None, f"{f.metadata['help']} ({told})")))
+        told = {name: values.get(f.name, usual[f.name]) for name, values in PLANS.items()}
+        said = ", ".join(f"{name}: {value}" for name, value in told.items())
+        rows.append((f.name, kinds[f.name] | None, option(None, f"{f.metadata['help']} ({said})")))
     return rows
 
 
