@@ -39,17 +39,16 @@ def test_counting_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen convolution and a ReLU, at 224 px."""
     monkeypatch.setattr(costs, "build", lambda config: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
     found, pixels = count.__wrapped__("machine A"), 224 * 224
-    assert found.parameters == 8 * 3 * 9 + 8
+    assert (found.parameters, found.products) == (8 * 3 * 9 + 8, 0)
     assert found.forward == found.backward == 2 * 8 * 3 * 9 * pixels, "no gradient of weights"
-    assert found.products == 0
     assert found.kept == 4 * (3 + 8) * pixels, "what went in and what came out, and no weights"
 
 
 def test_counts_are_those_that_are_commonly_given() -> None:
     """0.8 TFLOP for Stable Diffusion's UNet at 512 px; 4.09 and 4.47 G multiply-adds for the machines."""
     assert count("UNet", 512).forward == pytest.approx(0.8e12, rel=0.02)
-    assert count("machine A").forward == pytest.approx(2 * 4.09e9, rel=0.02)
-    assert count("machine B").forward == pytest.approx(2 * 4.47e9, rel=0.02)
+    machines = [count("machine A").forward, count("machine B").forward]
+    assert machines == pytest.approx([2 * 4.09e9, 2 * 4.47e9], rel=0.02)
     between = (8 * 8 + 8) + (4 * 4 + 4)  # the 1 x 1 convolutions at the latent belong to neither half of the VAE
     halves = count("VAE encoder").parameters + count("VAE decoder").parameters
     assert halves + between == published("parameters")["vae"]
@@ -68,26 +67,22 @@ def test_grad_cam_takes_the_passes_that_are_counted() -> None:
     """One for a given class, two for the first guess, and nothing to speak of on the way back."""
     config = {"architecture": "resnet18", "num_classes": 1000}
     machine, x = Machine(build(config), ["x"] * 1000), torch.rand(1, 3, 224, 224)
-    passes = []
-    for run in (lambda: machine(x), lambda: gradcam(machine, x, 3), lambda: gradcam(machine, x)):
-        with FlopCounterMode(display=False) as counter:
-            run()
-        passes.append(counter.get_total_flops())
-    assert passes[1] == pytest.approx(passes[0], rel=0.01) and passes[2] == pytest.approx(2 * passes[0], rel=0.01)
+    for label, passes in ((3, 1), (None, 2)):
+        with FlopCounterMode(display=False) as one:
+            machine(x)
+        with FlopCounterMode(display=False) as all_of_them:
+            gradcam(machine, x, label)
+        assert all_of_them.get_total_flops() == pytest.approx(passes * one.get_total_flops(), rel=0.01)
 
 
 def test_autocast_keeps_half_and_copies_of_frozen_weights() -> None:
     """What `memory` takes for granted, on machine A: two bytes a weight, once; half of what float32 keeps."""
     kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        held[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         network = build(published("machine_a")).eval().requires_grad_(False)
         for batch in (1, 2):
             held: dict[int, Tensor] = {}
+            keep = lambda tensor, held=held: held.setdefault(tensor.untyped_storage()._cdata, tensor)  # noqa: E731
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 network(torch.zeros(batch, 3, 224, 224, requires_grad=True))
             own = {weight.untyped_storage()._cdata for weight in (*network.parameters(), *network.buffers())}
@@ -107,15 +102,13 @@ def test_work_counts_what_the_evaluation_does() -> None:
     assert found.bf16["files"] == 3 * encoder.forward, "once a file"
     through = sum(cost.forward + cost.backward for cost in (compressor, unet, decoder, a))
     assert found.bf16["stage 2"] == through and found.loc["stage 2"].sum() == through + words.forward
-    codecs = [methods.classic(name) for name in methods.CLASSIC_NAMES]
-    assert costs.CLASSIC_FILES == sum(len(codec.settings) for codec in codecs) == 75
+    assert costs.CLASSIC_FILES == sum(len(methods.classic(name).settings) for name in methods.CLASSIC_NAMES) == 75
     own = costs.work(replace(plan, ablation_images=1, qualities=1))["ablations"]
     assert own.half["UNet"] == 2 * (3 * 4 + 1 + 2 + 20 + 4 * 4 + 20), "captions, K, t0, caption only"
     assert own.cpu == {"caption": 1, "code": 3, "judge": 12} and own.half["text encoder"] == 11
     kept, n = costs.memory(plan), {name: cost.parameters for name, cost in part.items()}
-    diffusion = n["VAE encoder"] + n["VAE decoder"] + n["UNet"] + n["text encoder"]
-    copies = 2 * (n["UNet"] + n["VAE decoder"] + n["machine A"])
-    assert kept.weights["stage 2"] == 4 * (diffusion + n["machine A"]) + 20 * n["compressor"] + copies
+    frozen, copied = sum([*n.values()][:4]) + n["machine A"], n["UNet"] + n["VAE decoder"] + n["machine A"]
+    assert kept.weights["stage 2"] == 4 * frozen + 2 * copied + 20 * n["compressor"]
     assert kept["a picture"]["decoding"] == 0 < kept["a picture"]["stage 1"] < kept["a picture"]["stage 2"]
 
 
