@@ -259,7 +259,8 @@ def _values() -> list[tuple]:
     rows = [("plan", Literal["look", "honest", "all"], option("honest", "values of what is not given"))]
     for f in fields(Plan):
         told = {name: values.get(f.name, usual[f.name]) for name, values in PLANS.items()}
-        said = ", ".join(f"{name}: {value}" for name, value in told.items())
+        differ = any(value != usual[f.name] for value in told.values())
+        said = ", ".join(f"{name}: {value}" for name, value in told.items()) if differ else f"default: {usual[f.name]}"
         rows.append((f.name, kinds[f.name] | None, option(None, f"{f.metadata['help']} ({said})")))
     return rows
 
