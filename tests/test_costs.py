@@ -9,11 +9,15 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from slimlib.__main__ import main
-from slimlib.measure import costs
+from slimlib.machines import Machine
+from slimlib.measure import costs, methods
 from slimlib.measure.costs import PARTS, Plan, build, count, decoding, published
+from slimlib.roi import gradcam
 
 
 @pytest.mark.parametrize("part", published("parameters"))
@@ -35,7 +39,7 @@ def test_counting_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen convolution and a ReLU, at 224 px."""
     monkeypatch.setattr(costs, "build", lambda config: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
     found, pixels = count.__wrapped__("machine A"), 224 * 224
-    assert found.parameters == 8 * 3 * 9 + 8
+    assert (found.parameters, found.products) == (8 * 3 * 9 + 8, 0)
     assert found.forward == found.backward == 2 * 8 * 3 * 9 * pixels, "no gradient of weights"
     assert found.kept == 4 * (3 + 8) * pixels, "what went in and what came out, and no weights"
 
@@ -43,13 +47,14 @@ def test_counting_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_counts_are_those_that_are_commonly_given() -> None:
     """0.8 TFLOP for Stable Diffusion's UNet at 512 px; 4.09 and 4.47 G multiply-adds for the machines."""
     assert count("UNet", 512).forward == pytest.approx(0.8e12, rel=0.02)
-    assert count("machine A").forward == pytest.approx(2 * 4.09e9, rel=0.02)
-    assert count("machine B").forward == pytest.approx(2 * 4.47e9, rel=0.02)
+    machines = [count("machine A").forward, count("machine B").forward]
+    assert machines == pytest.approx([2 * 4.09e9, 2 * 4.47e9], rel=0.02)
     between = (8 * 8 + 8) + (4 * 4 + 4)  # the 1 x 1 convolutions at the latent belong to neither half of the VAE
     halves = count("VAE encoder").parameters + count("VAE decoder").parameters
     assert halves + between == published("parameters")["vae"]
     assert count("UNet", family="sd15").parameters == published("parameters")["unet_sd15"]
     assert count("text encoder", family="sd15").forward < count("text encoder").forward
+    assert count("text encoder").products == count("text encoder").forward
     small, large = (count("VAE decoder", size) for size in (256, 512))
     assert 4 <= large.forward / small.forward < 4.3 and 4 <= large.kept / small.kept < 8
     learned = count("compressor")
@@ -58,73 +63,76 @@ def test_counts_are_those_that_are_commonly_given() -> None:
         count("UNET")
 
 
-def test_jobs_add_up_their_parts() -> None:
-    plan = Plan(images=7, qualities=3, train_images=5, stage1_steps=2, stage1_batch=3, stage2_steps=5, stage2_batch=7)
-    work, part = costs.jobs(plan), {name: count(name) for name in PARTS}
-    assert work.times.tolist() == [5, 6, 35, 7, 21]
-
-    def once(*names: str) -> int:
-        return sum(part[name].forward for name in names)
-
-    def both(*names: str) -> int:
-        return once(*names) + sum(part[name].backward for name in names)
-
-    look = once("VAE encoder", "captioner") + 2 * both("machine A")
-    assert work.operations.to_dict() == {
-        "preprocessing": look,
-        "stage 1": both("compressor"),
-        "stage 2": both("compressor", "UNet", "VAE decoder", "machine A") + once("text encoder"),
-        "encoding": look + 3 * once("compressor"),
-        "decoding and judging": decoding(plan) + once("machine A", "machine B"),
-    }
-    assert decoding(plan) == 2 * (4 * once("UNet") + once("text encoder")) + once("VAE decoder")
-    assert decoding(replace(plan, guided=False, steps=20)) == 20 * once("UNet") + once("text encoder", "VAE decoder")
-    every, learned = (4 * sum(part[name].parameters for name in names) for names in (PARTS, ["compressor"]))
-    rest = every - sum(4 * part[name].parameters for name in ("captioner", "machine B"))
-    looking = sum(4 * part[name].parameters for name in ("VAE encoder", "captioner", "machine A"))
-    assert work.weights.tolist() == [looking, 4 * learned, rest + 3 * learned, every, every]
-    kept = [part[name].kept for name in ("machine A", "compressor")]
-    through = sum(part[name].kept for name in ("UNet", "VAE decoder", "machine A", "compressor"))
-    assert work.activations.tolist() == [*kept, through, kept[0], 0]
+def test_grad_cam_takes_the_passes_that_are_counted() -> None:
+    """One for a given class, two for the first guess, and nothing to speak of on the way back."""
+    config = {"architecture": "resnet18", "num_classes": 1000}
+    machine, x = Machine(build(config), ["x"] * 1000), torch.rand(1, 3, 224, 224)
+    for label, passes in ((3, 1), (None, 2)):
+        with FlopCounterMode(display=False) as one:
+            machine(x)
+        with FlopCounterMode(display=False) as all_of_them:
+            gradcam(machine, x, label)
+        assert all_of_them.get_total_flops() == pytest.approx(passes * one.get_total_flops(), rel=0.01)
 
 
-def test_tables_in_handy_units() -> None:
-    parts, unet = costs.parts_table(), count("UNet")
-    assert list(parts.index) == list(PARTS)
-    handy = [unet.parameters / 1e6, unet.forward / 1e9, unet.backward / 1e9, unet.kept / 1e6]
-    assert parts.loc["UNet"].tolist() == handy
-    assert parts.isna().sum(axis=1).to_dict() == {part: 2 * (part in ("text encoder", "captioner")) for part in PARTS}
-    plan = Plan()
-    table, work = costs.jobs_table(plan, rate=1e14, gpus=4, price=3), costs.jobs(plan)
-    row, job = table.loc["stage 2"], work.loc["stage 2"]
-    hours = job.times * job.operations / 1e14 / 3600
-    handy = [job.times, job.operations / 1e12, job.weights / 1e9, job.activations / 1e9, hours, hours / 4, 3 * hours]
-    assert row.tolist() == pytest.approx(handy)
-    names = ["GPU hours*", "hours on 4 GPU*", "dollars*"]
-    assert table.loc["all", names].tolist() == pytest.approx(table.loc[work.index, names].sum().tolist())
-    assert table.loc["all"].isna().sum() == 4
+def test_autocast_keeps_half_and_copies_of_frozen_weights() -> None:
+    """What `memory` takes for granted, on machine A: two bytes a weight, once; half of what float32 keeps."""
+    kept: dict[int, int] = {}
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        network = build(published("machine_a")).eval().requires_grad_(False)
+        for batch in (1, 2):
+            held: dict[int, Tensor] = {}
+            keep = lambda tensor, held=held: held.setdefault(tensor.untyped_storage()._cdata, tensor)  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                network(torch.zeros(batch, 3, 224, 224, requires_grad=True))
+            own = {weight.untyped_storage()._cdata for weight in (*network.parameters(), *network.buffers())}
+            kept[batch] = sum(held[at].untyped_storage().nbytes() for at in held.keys() - own)
+    assert kept[2] - kept[1] == pytest.approx(count("machine A").kept / 2, rel=0.03)
+    assert 2 * kept[1] - kept[2] == pytest.approx(2 * count("machine A").parameters, rel=0.01)
 
 
-def test_growth() -> None:
-    plan = Plan(images=100)
-    table = costs.growth_table(plan, 1e14, sizes=(64, 128), gpus=(1, 8))
-    assert table[["size [px]", "K"]].values.tolist() == [[size, k] for size in (64, 128) for k in (1, 4, 20)]
-    for _, row in table.iterrows():
-        one = replace(plan, size=int(row["size [px]"]), steps=int(row["K"]))
-        assert row["decoding a picture [TFLOP]"] == pytest.approx(decoding(one) / 1e12)
-        share = 200 * one.steps * count("UNet", one.size).forward / decoding(one)
-        assert row["UNet's share [%]"] == pytest.approx(share)
-        hours = costs.jobs_table(one, 1e14)["GPU hours*"]["all"]
-        assert row[["hours on 1 GPU*", "hours on 8 GPU*"]].tolist() == pytest.approx([hours, hours / 8])
+def test_work_counts_what_the_evaluation_does() -> None:
+    plan = Plan(images=7, qualities=3, compressors=1, seeds=2, stage1_steps=2, stage2_steps=5, ablation_images=0)
+    work, part = costs.work(plan), {name: count(name) for name in PARTS}
+    assert [job.times for job in work.values()] == [200_000, 2 * 64, 2 * 5 * 16, 7 * 3, 7 * 3 * 3, 7]
+    found = costs.operations(plan)
+    encoder, decoder, unet, words, _, a, b, compressor = part.values()
+    assert decoding(plan) == 8 * unet.forward + words.forward + decoder.forward == found.bf16["decoding"]
+    assert found.loc["decoding", ["TF32", "float32"]].sum() == a.forward + b.forward
+    assert found.bf16["files"] == 3 * encoder.forward, "once a file"
+    through = sum(cost.forward + cost.backward for cost in (compressor, unet, decoder, a))
+    assert found.bf16["stage 2"] == through and found.loc["stage 2"].sum() == through + words.forward
+    assert costs.CLASSIC_FILES == sum(len(methods.classic(name).settings) for name in methods.CLASSIC_NAMES) == 75
+    own = costs.work(replace(plan, ablation_images=1, qualities=1))["ablations"]
+    assert own.half["UNet"] == 2 * (3 * 4 + 1 + 2 + 20 + 4 * 4 + 20), "captions, K, t0, caption only"
+    assert own.cpu == {"caption": 1, "code": 3, "judge": 12} and own.half["text encoder"] == 11
+    kept, n = costs.memory(plan), {name: cost.parameters for name, cost in part.items()}
+    frozen, copied = sum([*n.values()][:4]) + n["machine A"], n["UNet"] + n["VAE decoder"] + n["machine A"]
+    assert kept.weights["stage 2"] == 4 * frozen + 2 * copied + 20 * n["compressor"]
+    assert kept["a picture"]["decoding"] == 0 < kept["a picture"]["stage 1"] < kept["a picture"]["stage 2"]
 
 
-def test_the_command_prints_every_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("costs --steps 20 --gpus 2 --tflops 100 --share 0.5 --price 4 --images 600".split()) == 0
-    text = capsys.readouterr().out
-    assert all(f"\n{part} " in text for part in PARTS) and "*: extrapolated" in text and "100 TFLOP/s at 50%" in text
-    expected = costs.jobs_table(Plan(steps=20, images=600), 5e13, 2, 4)
-    assert "hours on 2 GPU*" in text and costs.as_text(expected) in text and "images=600" in text
-    assert costs.as_text(costs.growth_table(Plan(steps=20, images=600), 5e13)) in text
+def test_the_table_extrapolates_from_the_best_case_to_the_worst() -> None:
+    plan = Plan(tflops=[100.0, 50.0, 10.0], share=[0.25, 0.5], gpus=2, cores=4, price=3)
+    table, found, work = costs.jobs_table(plan), costs.operations(plan), costs.work(plan)
+    bf16, tf32, fp32 = found.loc["files"]
+    peak = work["files"].times * (bf16 / 1e14 + tf32 / 5e13 + fp32 / 1e13) / 3600
+    cpu = work["files"].times * (costs.CPU_SECONDS["caption"] + 6 * costs.CPU_SECONDS["code"]) / 3600
+    row = table.loc["files"]
+    assert row[["GPU hours*", "to", "core hours*"]].tolist() == pytest.approx([2 * peak, 4 * peak, cpu])
+    assert row[["hours*", "to "]].tolist() == pytest.approx([max(peak, cpu / 4), 2 * peak + cpu / 4])
+    assert row["to  "] == pytest.approx(2 * 3 * row["to "]) and row["bound by"] == "either"
+    steps = plan.compressors * plan.stage1_steps * costs.CPU_SECONDS["stage 1"] / 3600
+    assert table["bound by"]["stage 1"] == "CPU" and table["hours*"]["stage 1"] == pytest.approx(steps), "no core helps"
+    assert table["hours*"]["all"] == pytest.approx(table["hours*"].drop("all").sum())
+    assert costs.jobs_table(replace(plan, cores=10**6))["bound by"]["classic codecs"] == "GPU"
+
+
+def test_the_command_takes_a_plan_and_single_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("costs --plan look --steps 20 --gpus 2 --share 0.5 0.6 --images 5000".split()) == 0
+    text, plan = capsys.readouterr().out, Plan(**{**costs.PLANS["look"], "steps": 20, "gpus": 2, "share": [0.5, 0.6]})
+    assert f"{costs.as_text(costs.jobs_table(replace(plan, images=5000)))}\n" in text and "train_images=50000" in text
+    assert all(f"\n{part} " in text for part in PARTS)
     assert main(["costs", "--size", "7"]) == 1
     assert "argument --size: 7 is not a multiple of 64" in capsys.readouterr().err
     digits = costs.as_text(pd.DataFrame({"x": [1234567.0, 0.00123456, math.nan]})).split()

@@ -232,7 +232,7 @@ def test_rates_are_known_for_published_sizes(family: Any) -> None:
         unet = costs.build(costs.published(f"unet_{family}"))
     codec = type("Codec", (), {"ldm": type("Diffusion", (), {"unet": unet})()})()
     plan = costs.Plan(256, family, qualities=1)
-    known, work = trial.operations(codec, 256, (1, 4)), costs.jobs(plan).operations
+    known, work = trial.operations(codec, 256, (1, 4)), costs.operations(plan).sum(axis=1)
     assert known["decode, K = 4"] == costs.decoding(plan) > known["decode, K = 1"]
-    assert known["encode"] == work["encoding"]
+    assert known["encode"] == work["files"]
     assert {known[what] == work[what] for what in ("preprocessing", "stage 1", "stage 2")} == {True}

@@ -4,6 +4,7 @@
   python assets/paper/trial.py measure                 time and memory of each job, at 256 and 512 px, in fp32 and bf16
   python assets/paper/trial.py measure paper --compile the same with the real models, and with torch.compile
   python assets/paper/trial.py measure runs/stand-in   the same with what stand_in.py has written
+  python assets/paper/trial.py cpu                     core seconds of what no GPU does: CPU_SECONDS of `slim costs`
 
 Operations a second (the last column) are what `slim costs` assumes: its --tflops times --share.
 """
@@ -28,15 +29,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from stand_in import write
+from transformers import BlipImageProcessor
 
 from slimlib.codec import SlimCodec
 from slimlib.data.cache import Cache, fill
+from slimlib.data.imagenet import WNIDS, ImageNetScenes, Pictures
 from slimlib.data.scenes import PocketScenes
-from slimlib.images import to_tensor
-from slimlib.measure.costs import Plan, as_text, decoding, jobs, published
+from slimlib.entropy import RangeDecoder, RangeEncoder
+from slimlib.images import to_images, to_tensor
+from slimlib.ldm import LatentDiffusion
+from slimlib.machines import load_machine
+from slimlib.measure.costs import Plan, as_text, build, decoding, published
+from slimlib.measure.costs import operations as counted_operations
 from slimlib.measure.doctor import free_memory
-from slimlib.measure.methods import clocked
+from slimlib.measure.evaluation import evaluate
+from slimlib.measure.methods import CLASSIC_NAMES, QUALITIES, Method, classic, clocked
 from slimlib.roi import gradcam, latent_mask
 from slimlib.scales import Scale
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
@@ -143,6 +152,63 @@ def measure(
                 }
 
 
+def measure_cpu(count: int = 8) -> dict[str, float]:
+    """Seconds of one core for each entry of `costs.CPU_SECONDS`, at 256 px: a job's own code, networks left out.
+
+    Pictures are scenes of 500 x 375 px with noise, so that their files have the 110 kB of ImageNet's average. Training
+    steps are those of a tiny stand-in on one picture: Python's part, and nearly nothing of the networks'.
+    """
+    torch.set_num_threads(1)
+    found, rng = {}, np.random.default_rng(0)
+
+    def clock(what: str, times: int, run: Callable[[], Any]) -> None:
+        start = time.process_time()
+        run()
+        found[what] = (time.process_time() - start) / times
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for i in range(count):
+            pixels = np.asarray(PocketScenes("test", 512)[i].image.crop((6, 68, 506, 443)), float)
+            path = folder / "val" / WNIDS[0] / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noisy = (pixels + rng.normal(0, 7, pixels.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(path, quality=95)
+        scenes = ImageNetScenes(Pictures.from_folder(folder / "val"), "crop", 256)
+        clock("open", count, lambda: fill(scenes, folder / "opened", about={}, progress=False))
+        crops = [scene.image.crop((30, 30, 220, 220)) for scene in map(scenes.__getitem__, range(count))]
+        processor = BlipImageProcessor(size={"height": 384, "width": 384})
+        clock("caption", count, lambda: processor(images=crops, return_tensors="pt"))
+        model = build(published("compressor")).eval()
+        model.update()  # type: ignore[operator]
+
+        def code() -> None:
+            for quality in QUALITIES:
+                model.compress(torch.randn(1, 4, 32, 32), quality, coder := RangeEncoder())  # type: ignore[operator]
+                model.decompress(RangeDecoder(coder.get_bytes()), (32, 32), quality)  # type: ignore[operator]
+
+        clock("code", len(QUALITIES), code)
+        settings = [("", float(q)) for q in range(20)]
+        copied = Method("copy", "", settings, lambda batch, *_: (to_tensor(to_images(batch.x)), pd.DataFrame()))
+        jobs = [(copied, count)]
+        clock("judge", count * len(settings), lambda: evaluate(scenes, jobs, {}, folder / "results", False, count))
+        files = [(classic(codec), count) for codec in CLASSIC_NAMES]
+        clock("classic", count, lambda: evaluate(scenes, files, {}, None, False, count))
+        scale = write(folder / "tiny", tiny=True)
+        ldm, machine = LatentDiffusion.from_pretrained(scale.ldm, device="cpu"), load_machine(scale.machine_a, "cpu")
+        data = np.zeros((1, 4, 8, 8), np.float16), np.full((1, 8, 8), 255, np.uint8)
+        one, two, start = (
+            Stage1Config(steps=50, batch=1),
+            Stage2Config(steps=10, batch=1),
+            build(published("compressor")),
+        )
+        more: dict[str, Any] = {"compressor": start, "device": "cpu", "progress": False}
+        clock("stage 1", one.steps, lambda: train_stage1(one, *data, folder / "one", **more))
+        labelled = *data, np.zeros(1, np.int64), ["a dog"], ldm, machine
+        clock("stage 2", two.steps, lambda: train_stage2(two, *labelled, folder / "two", **more))
+    return found
+
+
 def operations(codec: SlimCodec, size: int, steps: Sequence[int]) -> dict[str, float]:
     """Operations of each job for one picture; none where the UNet is not a published one."""
     parameters, known = sum(p.numel() for p in codec.ldm.unet.parameters()), published("parameters")
@@ -150,7 +216,8 @@ def operations(codec: SlimCodec, size: int, steps: Sequence[int]) -> dict[str, f
         if known[f"unet_{family}"] == parameters:
             plan = Plan(size, family, qualities=1)
             decode = {f"decode, K = {k}": decoding(replace(plan, steps=k)) for k in steps}
-            return {**jobs(plan).operations, "encode": jobs(plan).operations["encoding"], **decode}
+            jobs = counted_operations(plan).sum(axis=1)
+            return {**jobs, "encode": jobs["files"], **decode}
     return {}
 
 
@@ -224,8 +291,12 @@ def main(arguments: list[str] | None = None) -> int:
     two.add_argument("--compile", action="store_true", help="torch.compile, too")
     two.add_argument("--device", help="cpu, cuda, ... (default: the best at hand)")
     two.add_argument("--out", type=Path, help="a CSV file")
+    commands.add_parser("cpu", help="core seconds of the work that no GPU does")
     a = parser.parse_args(arguments)
     quiet_libraries()
+    if a.command == "cpu":
+        print(as_text(pd.Series(measure_cpu(), name="core seconds").to_frame()))
+        return 0
     try:
         with tempfile.TemporaryDirectory() as temporary:
             if a.scale is None and a.command == "measure" and a.tiny:

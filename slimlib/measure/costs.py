@@ -1,24 +1,24 @@
-"""What the paper scale costs: parameters, operations and memory, counted on the real architectures.
+"""What the paper scale costs: operations and memory, counted on the real architectures, and the CPU's time, measured.
 
 The networks are built from their published configurations (assets/paper) on PyTorch's meta device, where tensors have
 shapes but no numbers, and PyTorch's own counter sums the operations of matrix products, convolutions and attention (a
-multiplication and an addition are two). So parameters, operations and bytes kept for a backward pass are counted, and
-nothing is downloaded. Whatever is in hours or dollars is extrapolated: operations divided by a rate that is assumed.
-`python assets/paper/trial.py` measures that rate, with random weights or real ones.
+multiplication and an addition are two). `work` lists the passes that each job makes. Hours and dollars are extrapolated
+intervals, from a low and a high share of the GPU's peak that are assumed: at best GPU and CPU work at the same time, at
+worst one after the other. `python assets/paper/trial.py measure` and `cpu` measure instead, on the machine at hand.
 
 Examples:
-  slim costs                                               one A100 in bf16 at 30% of its peak
-  slim costs --size 512 --steps 20 --gpus 4
-  slim costs --tflops 19.5 --share 0.6                     the same in float32
+  slim costs                                               the plan "honest" on one A100 and 16 cores
+  slim costs --plan look --gpus 4 --cores 64
+  slim costs --plan all --size 512 --steps 20 --tflops 989 495 67
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, make_dataclass
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import diffusers
 import pandas as pd
@@ -29,14 +29,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimlib.compressor import CompressorConfig, LatentCompressor
+from slimlib.measure.methods import CLASSIC_NAMES, SHRUNK, VARIANTS
 from slimlib.scales import ASSETS
 from slimlib.utils import option
 
 TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
-CAPTION_TOKENS = 12  # start and end counted: one pass of the captioner's decoder each, without what it has cached
+CAPTION_TOKENS = 20  # the most that the captioner says
+CLASSIC_FILES = 5 * len(CLASSIC_NAMES) * len(SHRUNK)  # of a picture: each codec at five qualities and three sizes
 PARTS = {"VAE encoder": "vae", "VAE decoder": "vae", "UNet": "unet_{family}", "text encoder": "text_encoder_{family}"}
 PARTS |= {"captioner": "captioner", "machine A": "machine_a", "machine B": "machine_b", "compressor": "compressor"}
-"""The networks, and their configurations in assets/paper."""
+"""The networks, those of the diffusion model first, and their configurations in assets/paper."""
+THROUGH = ("compressor", "UNet", "VAE decoder", "machine A")  # what the gradient of stage 2 passes
+SEEN, LED = {"machine A": 1, "machine B": 1}, {"text encoder": 1, "VAE decoder": 1}
 
 
 def published(part: str) -> dict[str, Any]:
@@ -56,12 +60,17 @@ def build(config: dict[str, Any]) -> nn.Module:
     return LatentCompressor(CompressorConfig.from_dict(config))
 
 
+CPU_SECONDS, PLANS = published("cpu_seconds"), published("plans")
+"""Seconds of one core at 256 px, by `trial.py cpu`; and what the plans change in `Plan`'s defaults."""
+
+
 @dataclass(frozen=True)
 class PartCost:
     """What one network takes for one picture."""
 
     parameters: int
     forward: int  # operations
+    products: int  # those of them that are matrix products and attention; all others are convolutions
     backward: int  # those of the gradient: to a frozen network's input, to the compressor's weights; 0: none is asked
     kept: int  # bytes that the gradient needs of the forward pass, in float32, with the matrices of the attention
 
@@ -91,8 +100,9 @@ def count(part: str, size: int = 256, family: str = "sd21") -> PartCost:
         with FlopCounterMode(display=False) as backward:
             if (first := out if isinstance(out, Tensor) else out[0]).requires_grad:
                 first.sum().backward()
-    parameters = sum(p.numel() for p in network.parameters())
-    return PartCost(parameters, forward.get_total_flops(), backward.get_total_flops(), held)
+    parameters, operations = sum(p.numel() for p in network.parameters()), forward.get_total_flops()
+    products = operations - forward.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    return PartCost(parameters, operations, products, backward.get_total_flops(), held)
 
 
 def _inputs(part: str, size: int, config: dict[str, Any]) -> tuple:
@@ -113,97 +123,124 @@ def _inputs(part: str, size: int, config: dict[str, Any]) -> tuple:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done. None of it is the paper's, which states none: ours, to be changed."""
+    """How much is done, and by what. None of it is the paper's, which states none: ours, to be changed."""
 
     size: int = option(256, "side of the pictures in pixels")
     family: Literal["sd21", "sd15"] = option("sd21", "Stable Diffusion 2.1 or 1.5")
-    steps: int = option(4, "denoising steps K of a decoder")
-    guided: bool = option(True, "guidance, which doubles the work of the UNet")
-    images: int = option(VAL_IMAGES, "test pictures")
+    steps: int = option(4, "denoising steps K of a decoder, of two passes each: with the caption and without")
+    images: int = option(5_000, "test pictures")
+    ablation_images: int = option(1_000, "test pictures of the ablations: all variants of one compressor")
     qualities: int = option(6, "qualities that each test picture is coded at")
-    train_images: int = option(TRAIN_IMAGES, "training pictures that are preprocessed")
+    train_images: int = option(200_000, "training pictures that are preprocessed")
+    compressors: int = option(2, "compressors of stage 1: weighted by region, and uniformly")
+    seeds: int = option(3, "compressors of stage 2, one a seed")
     stage1_steps: int = option(100_000, "steps of stage 1")
     stage1_batch: int = option(64, "pictures of a step of stage 1")
     stage2_steps: int = option(20_000, "steps of stage 2")
     stage2_batch: int = option(16, "pictures of a step of stage 2")
+    tflops: list[float] = option([312.0, 156.0, 19.5], "peaks of a GPU (A100) in TFLOP/s: bf16, TF32, float32")
+    share: list[float] = option([0.2, 0.45], "shares of the peaks that are assumed, low and high")
+    gpus: int = option(1, "GPUs that share the work")
+    cores: int = option(16, "processor cores")
+    price: float = option(2.5, "dollars for an hour of one GPU and its cores")
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.size % 64:
             raise ValueError(f"argument --size: {self.size} is not a multiple of 64 pixels")
 
 
-def jobs(plan: Plan) -> pd.DataFrame:
-    """Preprocessing, both stages, and the evaluation of one method without ablations.
+class Work(NamedTuple):
+    """What a job does to each of so many pictures."""
 
-    Returns:
-        A row for each job, with `times`: how often it is done; `operations` of doing it once; `weights` and
-        `activations`: bytes in float32 that it needs at once, for a batch of one on one GPU.
+    times: int
+    cpu: Mapping[str, float]  # how often which of CPU_SECONDS
+    full: Mapping[str, float] = {}  # passes in float32, in which PyTorch does convolutions, not products, in TF32
+    half: Mapping[str, float] = {}  # passes in bf16
+    learnt: tuple[str, ...] = ()  # passed forward and back, in bf16 by autocast
+
+
+def work(p: Plan) -> dict[str, Work]:
+    """The jobs, as the code does them; `slim evaluate` with --bf16, of every compressor.
+
+    Grad-CAM is one pass for the true class (the mask, or the matte of a test picture) and two for the machine's own
+    guess (the crop); its gradient ends in the last layer. `compress` runs the VAE's encoder for each file. `ablations`
+    leave out the files that the method has. Not counted: the uncompressed pictures, and the VAE's of them.
     """
-    parts = [count(part, plan.size, plan.family) for part in PARTS]
-    encoder, decoder, unet, words, captioner, a, b, compressor = parts
-    passed = [unet, decoder, a]  # by the gradient of stage 2, which ends in the compressor
-    look = encoder.forward + 2 * (a.forward + a.backward) + captioner.forward
-    train = compressor.forward + compressor.backward
-    through = train + words.forward + sum(part.forward + part.backward for part in passed)
-    judge = decoding(plan) + a.forward + b.forward
-
-    def weights(*some: PartCost) -> int:
-        return 4 * sum(part.parameters for part in some)
-
-    every, learning = weights(*parts), 4 * weights(compressor)  # with its gradient and the two moments of AdamW
-    kept = sum(part.kept for part in (*passed, compressor))
-    rows = {
-        "preprocessing": (plan.train_images, look, weights(encoder, a, captioner), a.kept),
-        "stage 1": (plan.stage1_steps * plan.stage1_batch, train, learning, compressor.kept),
-        "stage 2": (plan.stage2_steps * plan.stage2_batch, through, weights(encoder, words, *passed) + learning, kept),
-        "encoding": (plan.images, look + plan.qualities * compressor.forward, every, a.kept),
-        "decoding and judging": (plan.images * plan.qualities, judge, every, 0),
+    tested, q = p.compressors + p.seeds, p.qualities
+    changes = [(v, q if v.latent else 1) for name, v in VARIANTS.items() if name]
+    walks = [(n, (p.steps if v.steps is None else v.steps) if v.latent else 20) for v, n in changes]
+    shown, led, walked = sum(n for n, _ in walks), sum(n for n, k in walks if k), sum(n * k for n, k in walks)
+    files = q * len({v.caption for v, _ in changes} - {"auto"})
+    one, two = p.compressors * p.stage1_steps, p.seeds * p.stage2_steps
+    look = {"machine A": 3, "captioner": 1}
+    seen = {"machine A": shown, "machine B": shown, "captioner": 1, "compressor": 2 * files}
+    own = {"VAE encoder": files, "UNet": 2 * walked, "text encoder": led, "VAE decoder": shown}
+    jobs = {
+        "preprocessing": Work(p.train_images, {"open": 1, "caption": 1}, {"VAE encoder": 1, **look}),
+        "stage 1": Work(one * p.stage1_batch, {"stage 1": 1 / p.stage1_batch}, learnt=THROUGH[:1]),
+        "stage 2": Work(two * p.stage2_batch, {"stage 2": 1 / p.stage2_batch}, {"text encoder": 1}, {}, THROUGH),
+        "files": Work(p.images * tested, {"caption": 1, "code": q}, {**look, "compressor": 2 * q}, {"VAE encoder": q}),
+        "decoding": Work(p.images * tested * q, {"judge": 1}, SEEN, {**LED, "UNet": 2 * p.steps}),
+        "ablations": Work(p.ablation_images, {"caption": 1, "code": files, "judge": shown}, seen, own),
+        "classic codecs": Work(p.images, {"open": 1, "classic": 1}, dict.fromkeys(SEEN, CLASSIC_FILES)),
     }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["times", "operations", "weights", "activations"])
+    return {name: job for name, job in jobs.items() if job.times}
 
 
-def decoding(plan: Plan) -> int:
+def operations(plan: Plan) -> pd.DataFrame:
+    """Operations of each job for one picture: in bf16, TF32 and float32."""
+    c, rows = {part: count(part, plan.size, plan.family) for part in PARTS}, {}
+    for name, job in work(plan).items():
+        half = sum(n * c[part].forward for part, n in job.half.items())
+        half += sum(c[part].forward + c[part].backward for part in job.learnt)
+        products = sum(n * c[part].products for part, n in job.full.items())
+        rows[name] = half, sum(n * c[part].forward for part, n in job.full.items()) - products, products
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["bf16", "TF32", "float32"])
+
+
+def decoding(plan: Plan) -> float:
     """Operations of decoding one picture."""
-    parts = (count(part, plan.size, plan.family) for part in ("UNet", "text encoder", "VAE decoder"))
-    unet, words, decoder = (part.forward for part in parts)
-    return (1 + plan.guided) * (plan.steps * unet + words) + decoder
+    return sum(n * count(part, plan.size, plan.family).forward for part, n in work(plan)["decoding"].half.items())
+
+
+def memory(plan: Plan) -> pd.DataFrame:
+    """Bytes that a GPU holds in each job: weights with autocast's copies; activations, in bf16, for each picture."""
+    c, rows = {part: count(part, plan.size, plan.family) for part in PARTS}, {}
+    n = {part: cost.parameters for part, cost in c.items()}
+    diffusion, others = sum([*n.values()][:4]), 4 * sum([*n.values()][4:]) + 4 * n["machine A"]  # the codec's own A
+    trained = 20 * n["compressor"]  # with the gradient, two moments of AdamW, and the average
+    fixed = {"preprocessing": 4 * (diffusion + n["captioner"] + n["machine A"]), "stage 1": trained}
+    fixed["stage 2"] = 4 * (diffusion + n["machine A"]) + trained + 2 * sum(n[part] for part in THROUGH[1:])
+    for name, job in work(plan).items():
+        rows[name] = fixed.get(name, 2 * diffusion + others), sum(c[part].kept for part in job.learnt) // 2
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["weights", "a picture"])
 
 
 def parts_table(size: int = 256, family: str = "sd21") -> pd.DataFrame:
     """Parameters and operations of each network; NaN where no gradient is asked for."""
-    table = pd.DataFrame([count(part, size, family) for part in PARTS], index=list(PARTS)) / [1e6, 1e9, 1e9, 1e6]
-    table.columns = ["parameters [M]", "forward [GFLOP]", "backward [GFLOP]", "kept for it [MB]"]
+    table = pd.DataFrame([count(part, size, family) for part in PARTS], index=list(PARTS)) / [1e6, *3 * [1e9], 1e6]
+    table.columns = ["parameters [M]", "forward [GFLOP]", "products [GFLOP]", "backward [GFLOP]", "kept for it [MB]"]
     return table[table > 0]
 
 
-def jobs_table(plan: Plan, rate: float, gpus: int = 1, price: float = 2.5) -> pd.DataFrame:
-    """`jobs` in handy units, with extrapolated hours and dollars (*), and their sums.
-
-    One GPU is assumed to reach `rate` operations a second, and costs `price` dollars an hour. Over several the
-    wall-clock time is divided: the best case.
-    """
-    table = jobs(plan) / [1, 1e12, 1e9, 1e9]
-    table.columns = ["times", "each [TFLOP]", "weights [GB]", "activations [GB]"]
-    table["GPU hours*"] = table["times"] * table["each [TFLOP]"] * 1e12 / rate / 3600
-    table[f"hours on {gpus} GPU*"] = table["GPU hours*"] / gpus
-    table["dollars*"] = table["GPU hours*"] * price
-    table.loc["all"] = table.iloc[:, 4:].sum()
+def jobs_table(plan: Plan) -> pd.DataFrame:
+    """All of it in handy units, and what is extrapolated (*): the best case and the worst, and what bounds a job."""
+    done, once = work(plan), operations(plan)
+    times = pd.Series({name: job.times for name, job in done.items()})
+    table = pd.DataFrame({"times": times, "each [TFLOP]": once.sum(axis=1) / 1e12})
+    table[["weights [GB]", "a picture [GB]"]] = memory(plan) / 1e9
+    peak = times * (once / plan.tflops).sum(axis=1) / 1e12 / 3600
+    table["GPU hours*"], table["to"] = peak / max(plan.share), peak / min(plan.share)
+    grows = dict.fromkeys(("code", "judge", "classic"), (plan.size / 256) ** 2)
+    core = {name: sum(n * CPU_SECONDS[a] * grows.get(a, 1) for a, n in job.cpu.items()) for name, job in done.items()}
+    table["core hours*"] = times * pd.Series(core) / 3600
+    cpu = table["core hours*"] / [1 if name.startswith("stage") else plan.cores for name in done]  # step after step
+    low, high = table["GPU hours*"] / plan.gpus, table["to"] / plan.gpus
+    table["bound by"] = ["GPU" if c < low[job] else "CPU" if c > high[job] else "either" for job, c in cpu.items()]
+    table["hours*"], table["to "] = low.clip(lower=cpu), high + cpu
+    table["dollars*"], table["to  "] = (plan.gpus * plan.price * table[end] for end in ("hours*", "to "))
+    table.loc["all"] = table.iloc[:, 4:].sum(numeric_only=True)
     return table
-
-
-def growth_table(plan: Plan, rate: float, sizes: Sequence = (256, 512), gpus: Sequence = (1, 8, 64)) -> pd.DataFrame:
-    """What a decoded picture and the whole plan cost at other sizes, steps K, and numbers of GPUs (*: extrapolated).
-
-    Pictures count in proportion, training and test ones alike. Over GPUs the time is divided: the best case. Pictures
-    and qualities are independent of each other, and a step of training shares only the compressor's gradients.
-    """
-    rows = []
-    for one in (replace(plan, size=size, steps=k) for size in sizes for k in (1, 4, 20)):
-        share = (1 + one.guided) * one.steps * count("UNet", one.size, one.family).forward / decoding(one)
-        hours = jobs_table(one, rate)["GPU hours*"]["all"]
-        row = {"size [px]": one.size, "K": one.steps, "decoding a picture [TFLOP]": decoding(one) / 1e12}
-        rows.append(row | {"UNet's share [%]": 100 * share} | {f"hours on {n} GPU*": hours / n for n in gpus})
-    return pd.DataFrame(rows)
 
 
 def digits(x: float) -> str:
@@ -216,21 +253,25 @@ def as_text(table: pd.DataFrame) -> str:
     return table.to_string(float_format=digits, na_rep="-")
 
 
-@dataclass(frozen=True)
-class Options(Plan):
-    """What the paper scale costs."""
+def _values() -> list[tuple]:
+    """The plan's name, and each of its values as an option that is None where it is not given."""
+    kinds, usual = get_type_hints(Plan), vars(Plan())
+    rows = [("plan", Literal["look", "honest", "all"], option("honest", "values of what is not given"))]
+    for f in fields(Plan):
+        told = {name: values.get(f.name, usual[f.name]) for name, values in PLANS.items()}
+        differ = any(value != usual[f.name] for value in told.values())
+        said = ", ".join(f"{name}: {value}" for name, value in told.items()) if differ else f"default: {usual[f.name]}"
+        rows.append((f.name, kinds[f.name] | None, option(None, f"{f.metadata['help']} ({said})")))
+    return rows
 
-    tflops: float = option(312.0, "peak of the GPU in TFLOP/s (312: an A100 in bf16)")
-    share: float = option(0.3, "share of the peak that is assumed")
-    gpus: int = option(1, "GPUs that share the work")
-    price: float = option(2.5, "dollars for an hour of one GPU")
+
+Options: Any = make_dataclass("Options", _values(), namespace={"__doc__": "What the paper scale costs."})
 
 
-def command(options: Options) -> int:
+def command(options: Any) -> int:
     """Print the tables."""
-    rate = options.tflops * 1e12 * options.share
-    print(f"Counted, for one picture of {options.size} px:\n\n{as_text(parts_table(options.size, options.family))}\n")
-    print(f"{options.tflops:g} TFLOP/s at {options.share:.0%}, assumed (*: extrapolated), for {options}:\n")
-    print(as_text(jobs_table(options, rate, options.gpus, options.price)))
-    print(f"\nThe same plan with other sizes, steps and GPUs:\n\n{as_text(growth_table(options, rate))}")
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    plan = Plan(**{**PLANS[given.pop("plan")], **given})
+    print(f"Counted, for one picture of {plan.size} px:\n\n{as_text(parts_table(plan.size, plan.family))}\n")
+    print(f"Extrapolated where starred (*), for {plan}:\n\n{as_text(jobs_table(plan))}")
     return 0
