@@ -135,7 +135,9 @@ def unfinished(runs: Path, words: str) -> tuple[Path, dict]:
         state = json.loads(path.read_text())
         if state["command"] == words and not psutil.pid_exists(state["process"]):
             return path.parent, state["done"]
-    return runs / datetime.now().strftime("%Y-%m-%d_%H%M%S"), {}
+    now = datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    names = [now, *(f"{now}_{number}" for number in range(2, 100))]  # several may begin in one second
+    return next(runs / name for name in names if not (runs / name).exists()), {}
 
 
 def sources(notebook: Path) -> str:

@@ -75,7 +75,7 @@ def test_bounds_are_low_and_admit_what_is_installed() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     """Nothing may work only because some other package happens to bring it along."""
-    use = {canonicalize_name(r.name) for r in NEEDED + EXTRAS["retrain"] + EXTRAS["imagenet"]}
+    use = {canonicalize_name(r.name) for r in [*NEEDED, *EXTRAS["retrain"], *EXTRAS["imagenet"], *EXTRAS["heic"]]}
     develop = use | {canonicalize_name(r.name) for r in EXTRAS["dev"]}
     distributions = importlib.metadata.packages_distributions()
     files = [path for folder in ("slimlib", "tests", "assets", "notebooks") for path in (REPO / folder).rglob("*.py")]
