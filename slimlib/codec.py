@@ -198,9 +198,8 @@ class SlimCodec:
         with _LOCK:  # warnings' filters, too, belong to the process
             picture = as_rgb(image, min(self.max_pixels, LARGEST_IMAGE), unit=self._unit)
         byte, coder = quality_byte(quality), RangeEncoder()
-        config = self.compressor.config
-        t0 = config.t0(byte / 255) if t0 is None else t0
-        steps = config.steps if steps is None else steps
+        usual = self.compressor.config.t0(byte / 255), self.compressor.config.steps
+        t0, steps = usual[0] if t0 is None else t0, usual[1] if steps is None else steps
         self.ldm.times(t0, steps)  # raises on what the diffusion model cannot do
         if steps > MAX_STEPS:
             raise ValueError(f"steps is {steps}; a stream may ask for {MAX_STEPS} at the most")
@@ -213,8 +212,7 @@ class SlimCodec:
             # Repeating the last row and column costs fewer bits than black would, and bleeds no colour in.
             x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
             self.compressor.compress(self.ldm.encode(x).float(), byte / 255, coder)
-        usual = (t0, steps) == (config.t0(byte / 255), config.steps)  # and so goes without saying
-        asked = {} if usual else {"t0": t0, "steps": steps}
+        asked = {} if (t0, steps) == usual else {"t0": t0, "steps": steps}  # what is usual goes without saying
         header = StreamHeader(self.fingerprint, byte, *picture.size, caption=bool(words), seed=seed, **asked)
         return pack(header, coder.get_bytes())
 

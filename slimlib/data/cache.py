@@ -258,7 +258,7 @@ class _Readable:
         try:
             return self.scenes[index]
         except Unreadable as error:
-            return " ".join(str(error).split())
+            return str(error)
 
 
 @dataclass

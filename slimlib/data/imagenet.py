@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,20 +20,19 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from slimlib.data.scenes import CLASSES, PocketScenes, Scene
 from slimlib.images import as_rgb, to_tensor
-from slimlib.machines import Machine, load_machine
+from slimlib.machines import Machine, imagenet_classes, imagenet_info, load_machine
 from slimlib.roi import gradcam
 from slimlib.scales import Scale, hub_error, split_revision
 from slimlib.utils import write_file
 
-WNIDS = ImageNetInfo("imagenet-1k").label_names()
+WNIDS = imagenet_info().label_names()
 """WordNet ids of the 1,000 classes in label order: sorted."""
-CLASS_NAMES = [text.split(",")[0] for text in ImageNetInfo("imagenet-1k").label_descriptions()]
-"""English names in label order, the first of the synonyms; two of them occur twice ("crane", "maillot")."""
+CLASS_NAMES = imagenet_classes()
 LABEL_OF = {wnid: label for label, wnid in enumerate(WNIDS)}
 PROTOCOLS: dict[str, Callable[..., Image.Image]] = {"crop": ImageOps.fit, "squash": Image.Image.resize}
 """How the literature makes squares: the centre of the picture, or all of it whatever its shape. Results name theirs."""
@@ -49,7 +47,10 @@ SYSTEM = ("@eadir", "#recycle", "$recycle.bin", "lost+found", "__macosx", "thumb
 
 
 class Unreadable(ValueError):
-    """A picture that is damaged, or may not be read: those who look at many leave it out, and say so."""
+    """A picture that is damaged, or may not be read: those who look at many leave it out, and say so in a line."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
 
 
 class Sample(NamedTuple):
@@ -80,8 +81,7 @@ class Pictures(Sequence):
         try:
             with path.open("rb") as file:
                 file.seek(offset)
-                data = io.BytesIO(file.read(size))
-            return as_rgb(Image.open(data), LARGEST), label
+                return as_rgb(file.read(size), LARGEST), label
         except Exception as error:  # Pillow raises many kinds
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in TROUBLE:  # not the picture's
                 raise
@@ -92,7 +92,7 @@ class Pictures(Sequence):
         try:
             self[index]
         except Unreadable as error:
-            return " ".join(str(error).split())
+            return str(error)
         return ""
 
     def readable(self, folder: str | Path) -> tuple[Pictures, int]:

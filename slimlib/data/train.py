@@ -23,8 +23,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -56,19 +56,23 @@ class Job:
     quiet: bool = option(False, "no progress bar")
 
 
-def _settings() -> list[tuple]:
-    """Each setting of the stages as an option that is None where it is not given; its help tells the defaults."""
-    kinds, settings = get_type_hints(Stage2Config), []
-    for f in fields(Stage2Config):
-        first = getattr(Stage1Config, f.name, "none")
-        default = f"default: {first}" if first == f.default else f"stage 1: {first}, stage 2: {f.default}"
+def unset_options(kind: type, default: Callable[[Field], str]) -> list[tuple]:
+    """Fields for `make_dataclass`: a dataclass's own, None where nobody says them; `default` says what holds then."""
+    kinds, options = get_type_hints(kind), []
+    for f in fields(kind):
         switch = {"nargs": "?", "const": True} if kinds[f.name] is bool else {}
-        metadata = {"help": f"{f.metadata['help']} ({default})", **switch}
-        settings.append((f.name, kinds[f.name] | None, field(default=None, metadata=metadata)))
-    return settings
+        metadata = {"help": f"{f.metadata['help']} ({default(f)})", **switch}
+        options.append((f.name, kinds[f.name] | None, field(default=None, metadata=metadata)))
+    return options
 
 
-Options: Any = make_dataclass("Options", _settings(), bases=(Job,))
+def _default(f: Field) -> str:
+    """What the stages take for a setting that is not given."""
+    first = getattr(Stage1Config, f.name, "none")
+    return f"default: {first}" if first == f.default else f"stage 1: {first}, stage 2: {f.default}"
+
+
+Options: Any = make_dataclass("Options", unset_options(Stage2Config, _default), bases=(Job,))
 
 
 def command(options: Job) -> int:

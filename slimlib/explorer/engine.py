@@ -6,7 +6,9 @@ the finished picture. Whoever asks may stop listening at any of these points; th
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -307,6 +309,13 @@ def _classic_within(image: Image.Image, codec: str, size: int) -> tuple[bytes, I
         data = largest_within(functools.partial(encode_classic, downscale(image, scale), codec), 100, size)
         files.append((data, decode_classic(data, image.size)))
     return min(files, key=cost)
+
+
+def data_url(image: Image.Image, **how: Any) -> str:
+    """A picture in place of its address, as a WebP file; `how` as Pillow has it."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", **how)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def first_of(guesses: Guesses) -> dict[str, tuple[str, float]]:

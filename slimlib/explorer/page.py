@@ -10,7 +10,6 @@ import asyncio
 import base64
 import contextlib
 import functools
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -25,7 +24,7 @@ import torch
 import traitlets
 from PIL import Image
 
-from slimlib.explorer.engine import RIVALS, Explorer, Guesses, Rival, Settings, Source, View, first_of
+from slimlib.explorer.engine import RIVALS, Explorer, Guesses, Rival, Settings, Source, View, data_url, first_of
 from slimlib.measure.methods import CLASSIC_NAMES
 
 THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)
@@ -365,10 +364,8 @@ def _choice(title: str, *options: str) -> widgets.RadioButtons:
 
 
 def _url(image: Image.Image) -> str:
-    """A picture in place of its address: lossless, and small (a server limits what a kernel may send in a second)."""
-    file = io.BytesIO()
-    image.save(file, "WEBP", lossless=True, quality=0, method=0)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    """Lossless, and small: a server limits what a kernel may send in a second."""
+    return data_url(image, lossless=True, quality=0, method=0)
 
 
 # ------------------------------------------------------------------------------------------- the newest job only

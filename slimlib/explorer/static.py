@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from slimlib.explorer.engine import Explorer, Settings, curves_of, first_of
+from slimlib.explorer.engine import Explorer, Settings, curves_of, data_url, first_of
 from slimlib.measure.evaluation import RESULTS, read_table
 from slimlib.utils import write_file
 
@@ -42,8 +40,8 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
         f"({100 * share:.0f}% of {int(rates.scenes.max())}). Machine A was listened to in training, machine B was not."
     )
     chosen, scenes = _choose(explorer, settings, count, right), []
-    for index in tqdm(chosen, unit="scene"):
-        wrong = explorer.scene(chosen[chosen.index(index) - 1]).caption  # of the scene before: another object
+    for i, index in enumerate(tqdm(chosen, unit="scene")):
+        wrong = explorer.scene(chosen[i - 1]).caption  # of the scene before: another object
         scenes.append(_scene(explorer, replace(settings, scene=index), wrong, qualities))
     data: dict[str, Any] = explorer.constants() | {
         "qualities": qualities,
@@ -51,7 +49,7 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
         "scenes": scenes,
     }
     here = Path(__file__).parent
-    texts = {name: (here / f"{file}").read_text() for name, file in FILES.items()}
+    texts = {name: (here / file).read_text() for name, file in FILES.items()}
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     page = jinja2.Template((here / "static.html").read_text()).render(**texts, data=text, rule=rule)
     write_file(out, page.encode())
@@ -80,10 +78,9 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
     source = explorer.scene(settings.scene)
     words, pictures, steps = {"right": source.caption, "wrong": wrong, "none": ""}, [source.image], []
     for quality in qualities:
-        views = {
-            kind: list(explorer.look(replace(settings, quality=quality, caption=text)))[-1]
-            for kind, text in words.items()
-        }
+        views = {}
+        for kind, text in words.items():
+            *_, views[kind] = explorer.look(replace(settings, quality=quality, caption=text))
         view = views["right"]
         rivals = list(explorer.rivals(source, view.report.size))
         step: dict[str, Any] = {
@@ -109,9 +106,8 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
 
 def _sprite(pictures: Sequence[Image.Image], columns: int = 8) -> str:
     """Pictures of one size side by side, in rows of eight, as the address of one WebP file."""
-    side, file = pictures[0].width, io.BytesIO()
+    side = pictures[0].width
     sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side))
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * side, i // columns * side))
-    sheet.save(file, "WEBP", quality=60, method=6)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_url(sheet, quality=60, method=6)

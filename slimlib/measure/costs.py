@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, make_dataclass
-from typing import Any, Literal, NamedTuple, get_type_hints
+from dataclasses import Field, dataclass, make_dataclass
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 import pandas as pd
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimlib.compressor import CompressorConfig, LatentCompressor
+from slimlib.data.train import unset_options
 from slimlib.measure.methods import CLASSIC_NAMES, SHRUNK, VARIANTS
 from slimlib.scales import ASSETS
 from slimlib.utils import option
@@ -253,19 +254,17 @@ def as_text(table: pd.DataFrame) -> str:
     return table.to_string(float_format=digits, na_rep="-")
 
 
-def _values() -> list[tuple]:
-    """The plan's name, and each of its values as an option that is None where it is not given."""
-    kinds, usual = get_type_hints(Plan), vars(Plan())
-    rows = [("plan", Literal["look", "honest", "all"], option("honest", "values of what is not given"))]
-    for f in fields(Plan):
-        told = {name: values.get(f.name, usual[f.name]) for name, values in PLANS.items()}
-        differ = any(value != usual[f.name] for value in told.values())
-        said = ", ".join(f"{name}: {value}" for name, value in told.items()) if differ else f"default: {usual[f.name]}"
-        rows.append((f.name, kinds[f.name] | None, option(None, f"{f.metadata['help']} ({said})")))
-    return rows
+def _default(f: Field) -> str:
+    """What the plans take for a value that is not given."""
+    usual = getattr(Plan(), f.name)
+    told = {name: values.get(f.name, usual) for name, values in PLANS.items()}
+    differ = any(value != usual for value in told.values())
+    return ", ".join(f"{name}: {value}" for name, value in told.items()) if differ else f"default: {usual}"
 
 
-Options: Any = make_dataclass("Options", _values(), namespace={"__doc__": "What the paper scale costs."})
+NAMED = "plan", Literal["look", "honest", "all"], option("honest", "values of what is not given")
+ABOUT = {"__doc__": "What the paper scale costs."}
+Options: Any = make_dataclass("Options", [NAMED, *unset_options(Plan, _default)], namespace=ABOUT)
 
 
 def command(options: Any) -> int:
