@@ -15,10 +15,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from torch import Tensor
 
@@ -120,17 +122,13 @@ class SlimCodec:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path | Scale = "pocket",
-        device: Device = None,
-        exact: bool = True,
-        dtype: torch.dtype = torch.float32,
+        cls, name: str | Path | Scale = "pocket", device: Device = None, exact: bool = True, dtype: Any = torch.float32
     ) -> SlimCodec:
-        """Load a codec; captioner and machine follow when they are first needed.
+        """Load a codec, with adapters of the UNet beside the compressor; captioner and machine follow when needed.
 
         Args:
             name: "pocket", "paper", a folder laid out like assets/pocket, or a `Scale`.
-            dtype: precision in which the diffusion model computes.
+            dtype: precision in which the diffusion model computes, such as torch.bfloat16.
 
         Raises:
             ValueError: no such scale, or weights that do not fit.
@@ -140,6 +138,8 @@ class SlimCodec:
         compressor = LatentCompressor.from_pretrained(scale.compressor, device)
         prior = CaptionPrior.load(Path(scale.compressor) / CAPTION_PRIOR)
         ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
+        if (adapters := Path(scale.compressor) / "unet_lora").is_dir():
+            ldm.unet.load_lora_adapter(adapters, prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE)
         codec = cls(ldm, compressor, prior, exact=exact)
         codec._scale = scale
         return codec

@@ -35,7 +35,7 @@ from slimlib.images import check_finite
 from slimlib.scales import unloadable
 from slimlib.stream import StreamError
 from slimlib.transforms import Decoder, Encoder
-from slimlib.utils import Device, evaluating, pick_device, write_file
+from slimlib.utils import Device, pick_device, write_file
 
 SYMBOL_MAX = 2**15  # larger symbols are clipped by the encoder, and are an error for the decoder
 
@@ -204,7 +204,7 @@ class LatentCompressor(nn.Module):
 
     @torch.no_grad()
     def compress(self, z: Tensor, quality: float, coder: RangeEncoder) -> dict[str, Tensor]:
-        """Append hyper-latent and latent of one item, z (1, C, h, w), to a coder, behind what it holds (a caption).
+        """Append hyper-latent and latent of one item, z (1, C, h, w), to a coder, behind what it holds; ends training.
 
         Returns:
             What each symbol costs in bits: "y" (M, h/4, w/4) and "h" (N, h/8, w/8); for maps and tables.
@@ -216,8 +216,7 @@ class LatentCompressor(nn.Module):
             raise ValueError(f"compress takes one latent at a time; got {tuple(z.shape)}.")
         check_finite(z, "the latent")
         table, bits = self._frequencies(), {}
-        with evaluating(self):
-            coded = self.code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
+        coded = self.eval().code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
         for name, rows in (("h", coded["h_index"]), ("y", coded["index"])):
             symbols = coded[f"{name}_symbols"].cpu().long()
             cost = coder.encode_table(symbols.numpy(), rows.cpu().long().expand_as(symbols).numpy(), table)
@@ -239,8 +238,7 @@ class LatentCompressor(nn.Module):
         index, mean, fineness = self.net.exact(byte, h_hat)
         y_hat = _decode(coder, index, table) + mean / entropy.MEAN_STEPS
         y_hat, scale, fine = (t.to(self.device, torch.float32) for t in (y_hat, index, fineness))
-        with evaluating(self):
-            z_hat = self.synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
+        z_hat = self.synthesise(y_hat, scale, fine, torch.tensor([byte], device=self.device))
         check_finite(z_hat, "the decompressed latent")
         return z_hat
 

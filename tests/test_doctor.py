@@ -17,7 +17,7 @@ from paper_world import make_imagenet, open_world
 
 from slimlib.__main__ import main
 from slimlib.measure import doctor
-from slimlib.scales import PAPER, Scale
+from slimlib.scales import PAPER, Scale, split_revision
 
 MODELS = {"diffusion model", "captioner", "machine A", "machine B"}
 QUALITY = {"VAE round trip", "latent", "UNet", "top-1, machine A", "top-1, machine B", "caption"}
@@ -63,7 +63,7 @@ def test_machines_that_know_no_class(tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = f"doctor --scale paper --size 64 --compressor {tmp_path}/none --device cpu"
+    words = f"doctor --scale paper,size=64,compressor={tmp_path}/none --device cpu"
     assert main(words.split()) == 1
     out = capsys.readouterr().out
     lines = {line[6:23].strip(): line for line in out.splitlines()}
@@ -92,8 +92,8 @@ def test_models_are_asked_for_before_they_are_loaded(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(HfApi, "model_info", answer)
     said = doctor._hub(replace(PAPER, ldm=f"{PAPER.ldm}@main"))
     machines = [(f"timm/{name}", None) for name in (PAPER.machine_a, PAPER.machine_b)]
-    assert asked == [(PAPER.ldm, "main"), (PAPER.captioner, None), *machines]
-    assert f"{PAPER.ldm}@0123456789ab," in said and said.count("not pinned") == 3
+    assert asked == [(PAPER.ldm, "main"), split_revision(PAPER.captioner), *machines]
+    assert f"{PAPER.ldm}@0123456789ab," in said and said.count("not pinned") == 2
     with pytest.raises(OSError, match="accept its terms"):
         doctor._hub(PAPER)
     assert doctor._hub(POCKET) == "not needed: all models are folders"

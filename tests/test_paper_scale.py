@@ -135,8 +135,8 @@ def experiment(place: Path) -> dict[str, str]:
 def test_from_pictures_to_files(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Preprocess, both stages, the codec: by the commands that notebook 12 names."""
     models, work = place / "models", tmp_path / "work"
-    common = f"--scale {models} --device cpu --quiet"
-    make = f"preprocess --data {place}/imagenet --size 64 --n 9 --roi clipseg --clipseg {models}/clipseg"
+    common = f"--scale {models},size=64 --device cpu --quiet"
+    make = f"preprocess --data {place}/imagenet --n 9 --roi clipseg --clipseg {models}/clipseg"
     few, two = f"--cache {work}/cache --steps 2 --batch 2 --ema 0.5", f"--accumulate 2 --start {work}/compressor"
     for words in (
         f"{make} --out {work}/cache",

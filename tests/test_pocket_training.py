@@ -19,6 +19,7 @@ import train
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from slimlib import SlimCodec
 from slimlib.data.imagenet import CLASS_NAMES
 from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, PocketScenes
 from slimlib.images import to_tensor
@@ -120,6 +121,8 @@ def test_a_few_steps_of_each(command: Command, home: Path, model: str) -> None:
         assert len(pd.read_csv(home / "work" / "pocket" / model / "curve.csv")) == 1, "a learning curve"
     if model == "lora":
         assert facts["task"] == "features" and facts["lora"] == 4 and facts["start"] == "compressor"
+        codec = SlimCodec.from_pretrained(f"{home / 'out'},compressor={folder}", "cpu")
+        assert any("lora" in name for name in codec.ldm.unet.state_dict()), "the codec loads its adapters"
 
 
 def test_one_step(command: Command, home: Path) -> None:

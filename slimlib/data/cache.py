@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -271,10 +271,10 @@ class Options:
     n: int | None = option(None, "pictures, drawn by --seed; of PocketScenes the first (default: all)")
     seed: int = option(0, "of the draw, or of PocketScenes")
     protocol: Literal["crop", "squash"] = option("crop", "how squares are made of ImageNet's pictures")
-    scale: str = option("paper", "the models: paper, pocket, or a folder laid out like assets/pocket")
-    ldm: str | None = option(None, "another diffusion model: an id of the hub, or a folder")
-    variant: str | None = option(None, "of the diffusion model's files, such as fp16")
-    size: int | None = option(None, "side of the squares in pixels (default: the scale's)")
+    scale: str = option(
+        "paper",
+        "the models: paper, pocket, a folder of models; or such as paper,size=512,ldm=owner/name",
+    )
     roi: Literal["gradcam", "clipseg"] = option("gradcam", "region of interest; PocketScenes have their exact matte")
     clipseg: str = option("CIDAS/clipseg-rd64-refined", "the model for --roi clipseg")
     batch: int = option(16, "pictures at a time")
@@ -287,8 +287,7 @@ class Options:
 def command(options: Options) -> int:
     """Fill a cache, or this process's share of it."""
     quiet_libraries()
-    names = {name: getattr(options, name) for name in ("ldm", "variant", "size") if getattr(options, name)}
-    scale, device = replace(Scale.from_name(options.scale), **names), pick_device(options.device)
+    scale, device = Scale.from_name(options.scale), pick_device(options.device)
     about: dict[str, Any] = {"size": scale.size, "models": [scale.ldm]}
     models: dict[str, Any] = {"ldm": LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)}
     about["vae"] = digest(models["ldm"].vae).hex()[:8]

@@ -49,7 +49,7 @@ class Job:
     out: Path = option(MISSING, "folder of the result: weights, caption prior and card")
     stage: Literal[1, 2] = option(1, "what to train")
     start: Path | None = option(None, "compressor to start from; its caption prior goes along")
-    scale: str = option("paper", "the models that the cache was made with: paper, pocket, or a folder")
+    scale: str = option("paper", "as the cache was made with: paper, pocket, a folder, or such as paper,ldm=owner/name")
     resume: bool = option(False, "go on from the checkpoint")
     max_seconds: float | None = option(None, "stop after this time with a checkpoint")
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")

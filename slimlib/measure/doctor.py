@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def _memory(scale: Scale, where: torch.device) -> str:
     have = torch.cuda.mem_get_info(where)[0] / 1e9 if where.type == "cuda" else free_memory()
     need = 12.0 if scale.name == "paper" else 2.0  # what assets/paper/trial.py allows; the pocket's is measured
     said = f"{have:.1f} GB free on {where.type}, {need:g} wanted"
-    return _expect(have >= need, said, "end what else runs, or take a smaller --size")
+    return _expect(have >= need, said, "end what else runs, or take smaller pictures: --scale paper,size=256")
 
 
 def _disk(scale: Scale) -> str:
@@ -270,12 +270,11 @@ def _stream(ldm: LatentDiffusion, compressor: Any, pictures: list, steps: Sequen
 class Options:
     """What `slim doctor` looks at."""
 
-    scale: str = option("paper", "paper, pocket, or a folder of models")
+    scale: str = option(
+        "paper",
+        "the models: paper, pocket, a folder of models; or such as paper,size=512,ldm=owner/name",
+    )
     data: str = option("", "ImageNet: a folder of class folders, shards (...*.tar), or hub:owner/name")
-    ldm: str | None = option(None, "another diffusion model, such as stable-diffusion-v1-5/stable-diffusion-v1-5")
-    compressor: str | None = option(None, "folder of the compressor")
-    variant: str | None = option(None, "of the diffusion model's files, such as fp16")
-    size: int | None = option(None, "side of the squares in pixels (default: the scale's)")
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
 
 
@@ -283,9 +282,8 @@ def command(options: Options) -> int:
     """Print all checks; 0 if none failed, else 1."""
     quiet_libraries()
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")  # what timm asks of the hub's client
-    given = {name: value for name, value in vars(options).items() if value and name not in ("scale", "data", "device")}
     statuses = []
-    for check in examine(replace(Scale.from_name(options.scale), **given), options.data, options.device):
+    for check in examine(Scale.from_name(options.scale), options.data, options.device):
         print(check, flush=True)
         statuses.append(check.status)
     failed, skipped = statuses.count("FAIL"), statuses.count("skip")

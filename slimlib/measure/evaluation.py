@@ -58,7 +58,7 @@ BEST_CLASSIC = "best classic, payload"
 class Options:
     """What is measured on what."""
 
-    scale: str = option("pocket", "pocket, paper, or a folder of models")
+    scale: str = option("pocket", "pocket, paper, or a folder of models; or such as paper,size=512")
     data: str = option("", "ImageNet: its folder, shards '...{split}...tar', or hub:owner/name (default: PocketScenes)")
     protocol: Literal["crop", "squash"] = option("crop", "how ImageNet's pictures become squares")
     seed: int = option(0, "of the draw of ImageNet's pictures")
@@ -385,8 +385,7 @@ def evaluate_latents(
     z, m = (torch.as_tensor(np.array(array)).to(compressor.device) for array in (z, m))
     z, m, config, rows = z.float(), m.float() / (255 if m.dtype == torch.uint8 else 1), compressor.config, []
     for quality in map(float, qualities):
-        with utils.evaluating(compressor):
-            outs = [compressor(part, quality) for part in z.split(batch)]
+        outs = [compressor.eval()(part, quality) for part in z.split(batch)]
         z_hat, logits = (torch.cat([out[name] for out in outs]) for name in ("z_hat", "roi_logits"))
         y, h = (torch.cat([-out["likelihoods"][name].log2().sum(1, keepdim=True) for out in outs]) for name in "yh")
         error, inside, true = (z - z_hat).square().mean(1, keepdim=True), F.avg_pool2d(m, 2**config.stages), m > 0.5

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from PIL import Image
 from torch import Tensor
 
@@ -216,10 +215,7 @@ def open_codec(
     scale = scale if isinstance(scale, Scale) else Scale.from_name(scale)
     folder = Path(scale.compressor).parent / SLIM_FOLDERS[name]
     if like is None or (folder / "unet_lora").is_dir():
-        codec = SlimCodec.from_pretrained(replace(scale, compressor=str(folder)), device, exact=False, dtype=dtype)
-        if (folder / "unet_lora").is_dir():
-            codec.ldm.unet.load_lora_adapter(folder / "unet_lora", prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE)
-        return codec
+        return SlimCodec.from_pretrained(replace(scale, compressor=str(folder)), device, exact=False, dtype=dtype)
     own, prior = LatentCompressor.from_pretrained(folder, like.ldm.device), CaptionPrior.load(folder / CAPTION_PRIOR)
     return SlimCodec(like.ldm, own, prior, like.captioner, like.machine, exact=False)
 
