@@ -253,8 +253,6 @@ class LatentCompressor(nn.Module):
             raise RuntimeError("The table of frequencies is missing: call update() after training.")
         return FrequencyTable(self.table.cpu().numpy())
 
-    # ------------------------------------------------------------ files
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically.
 

@@ -79,7 +79,7 @@ def fit(
         The modules in evaluation mode, with their averaged weights where the config asks for an average.
 
     Raises:
-        ValueError: the checkpoint is damaged, or was trained with other settings.
+        ValueError: the checkpoint is damaged, was trained with other settings, or is not seen by all processes.
     """
     on_cpu = rank_and_world()[1] > 1 and pick_device(device).type == "cpu"
     accelerator, folder, start = Accelerator(cpu=on_cpu, device_placement=False), Path(folder), time.monotonic()
@@ -95,7 +95,11 @@ def fit(
     averages = {name: AveragedModel(m, multi_avg_fn=ema) for name, m in modules.items()} if config.ema else {}
     stored = {**modules, **{f"average of {name}": module for name, module in averages.items()}}
     settings, first, before = {**asdict(config), **(settings or {})}, 0, 0.0
-    if resume and checkpoint.exists():
+    goes_on = resume and checkpoint.exists()
+    seeing = int(accelerator.reduce(torch.tensor(float(goes_on), device=accelerator.device), "sum"))
+    if 0 < seeing < accelerator.num_processes:  # the others would begin anew, and all would wait for ever
+        raise ValueError(f"{seeing} of {accelerator.num_processes} processes see {checkpoint}: share its disk")
+    if goes_on:
         state = _load(checkpoint, settings)
         first, before = state["step"], state["seconds"]
         optimizer.load_state_dict(state["optimizer"])

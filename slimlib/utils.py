@@ -21,10 +21,7 @@ Device: TypeAlias = "str | torch.device | None"
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its meaning, said once: `transformers.HfArgumentParser` shows it as an option's help.
-
-    A list or dict is copied for every instance.
-    """
+    """A dataclass field with its meaning, which `transformers.HfArgumentParser` shows as the help of an option."""
     kept = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
     return field(**kept, metadata={"help": help})
 

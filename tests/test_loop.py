@@ -209,6 +209,10 @@ from test_loop import run
 trained = run(Path(sys.argv[2]), ema=0.7, accumulate=2, max_seconds=100.0)
 weights = sum(float(p.double().abs().sum()) for p in trained["net"].parameters())
 Path(f"sum{os.environ['RANK']}").write_text(repr(weights))  # what two print may come out mixed
+try:  # a disk that one of them does not see
+    run(Path(sys.argv[2] + os.environ["RANK"].strip("0")), ema=0.7, accumulate=2)
+except ValueError as error:
+    Path(f"said{os.environ['RANK']}").write_text(str(error))
 """
 
 
@@ -223,6 +227,7 @@ def test_two_processes_train_as_one_that_accumulates_more(tmp_path: Path) -> Non
     sums = [float(path.read_text()) for path in tmp_path.glob("sum?")]
     run(tmp_path / "one", ema=0.7, accumulate=4)
     assert len(sums) == 2 and sums[0] == sums[1]
+    assert all("1 of 2 processes see" in (tmp_path / f"said{rank}").read_text() for rank in (0, 1)), "nobody waits"
     one, two = (checkpoint(tmp_path / name)["modules"] for name in ("one", "two"))
     torch.testing.assert_close(two["net"]["linear.weight"], one["net"]["linear.weight"])
     two, one = (modules["average of net"]["module.linear.weight"] for modules in (two, one))

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -133,6 +134,18 @@ def test_a_cache_without_latents_or_pictures(
     assert slim_train(world, tmp_path / "x", f"--stage 2 --start {start} --task features") == 1
     assert 'take task "ce"' in capsys.readouterr().err
     assert slim_train(world, tmp_path / "y", f"--stage 2 --start {start}") == 0, "that needs no pictures"
+
+
+def test_frozen_networks_in_half_precision(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds, work = [], train.train_stage2
+    monkeypatch.setattr(train, "train_stage2", lambda *args, **how: kinds.append(args[5].dtype) or work(*args, **how))
+    losses = []
+    for more in ("", "--bf16"):
+        out = tmp_path / f"out{more}"
+        assert slim_train(world, out, f"--stage 2 --start {world / 'compressor'} --task ce {more}") == 0
+        losses.append(pd.read_csv(f"{out}.training/log.csv").loss)
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert losses[0].iloc[0] == pytest.approx(losses[1].iloc[0], rel=0.03) and not losses[0].equals(losses[1])
 
 
 def test_of_several_processes_the_main_one_writes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ class Job:
     start: Path | None = option(None, "compressor to start from; its caption prior goes along")
     scale: str = option("paper", "as the cache was made with: paper, pocket, a folder, or such as paper,ldm=owner/name")
     resume: bool = option(False, "go on from the checkpoint")
+    bf16: bool = option(False, "keep the frozen networks of stage 2 in bfloat16: half their memory, and no casts")
     max_seconds: float | None = option(None, "stop after this time with a checkpoint")
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
     quiet: bool = option(False, "no progress bar")
@@ -137,10 +138,12 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     if model is None:
         raise ValueError("stage 2 needs --start, the compressor that stage 1 has left")
     scale = Scale.from_name(options.scale)
-    ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)
+    ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, "cpu" if options.bf16 else device)
     found = digest(ldm.vae).hex()[:8]
     if cache.about.get("vae", found) != found:
         raise ValueError(f"{options.cache} was made with another VAE than that of {scale.ldm}; which --scale was it?")
+    if options.bf16:
+        ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, torch.bfloat16)
     machine, arrays = load_machine(scale.machine_a, device), (cache.latents, cache.masks, cache.labels, cache.captions)
     return train_stage2(config, *arrays, ldm, machine, work, model, cache.images, **limits)
 
