@@ -246,7 +246,7 @@ def test_what_is_no_cache_is_named(tiny_world: Path, whole: Path, tmp_path: Path
 def test_the_command(tiny_codec_world: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     from paper_world import make_imagenet  # not at the top: the script of the test with the kill does without
 
-    common = {"scale": str(tiny_codec_world), "size": 64, "device": "cpu", "quiet": True}
+    common = {"scale": f"{tiny_codec_world},size=64", "device": "cpu", "quiet": True}
     pocket = Options(data="pocket", split="validation", n=3, out=tmp_path / "pocket", **common)
     assert command(pocket) == 0 and "3 pictures, all done" in capsys.readouterr().out
     found, scenes = Cache.open(tmp_path / "pocket"), PocketScenes("val", 64)
