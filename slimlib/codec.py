@@ -169,8 +169,6 @@ class SlimCodec:
         hashed = hashlib.sha256(parts + (self.prior.fingerprint() if self.prior else b""))
         return int.from_bytes(hashed.digest()[:2], "big")
 
-    # ---- the three verbs
-
     def compress(
         self,
         image: Picture,
@@ -234,8 +232,6 @@ class SlimCodec:
     def inspect(self, stream: bytes) -> StreamReport:
         """What a stream holds, and what its parts cost; raises as `decompress` does."""
         return self.read(stream).report
-
-    # ---- the steps inside
 
     def look(self, picture: Image.Image) -> tuple[Tensor, str]:
         """Where machine A looks in an RGB picture, (1, H, W) in [0, 1], and the captioner's words for that region."""

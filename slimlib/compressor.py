@@ -35,7 +35,7 @@ from slimlib.images import check_finite
 from slimlib.scales import unloadable
 from slimlib.stream import StreamError
 from slimlib.transforms import Decoder, Encoder
-from slimlib.utils import Device, pick_device, write_file
+from slimlib.utils import Device, evaluating, pick_device, write_file
 
 SYMBOL_MAX = 2**15  # larger symbols are clipped by the encoder, and are an error for the decoder
 
@@ -130,8 +130,6 @@ class LatentCompressor(nn.Module):
     def device(self) -> torch.device:
         return self.log_gain.device
 
-    # ------------------------------------------------------------ training and measuring
-
     def forward(self, z: Tensor, quality: Tensor | float) -> dict[str, Any]:
         """Run the whole way without coding.
 
@@ -200,11 +198,9 @@ class LatentCompressor(nn.Module):
         rows = [self.net.exact(int(byte[i]), *(x[i : i + 1] for x in h_hat)) for i in range(len(byte))]
         return [torch.cat(parts).to(byte.device, torch.float32) for parts in zip(*rows, strict=True)]
 
-    # ------------------------------------------------------------ real bytes
-
     @torch.no_grad()
     def compress(self, z: Tensor, quality: float, coder: RangeEncoder) -> dict[str, Tensor]:
-        """Append hyper-latent and latent of one item, z (1, C, h, w), to a coder, behind what it holds; ends training.
+        """Append hyper-latent and latent of one item, z (1, C, h, w), to a coder, behind what it holds (a caption).
 
         Returns:
             What each symbol costs in bits: "y" (M, h/4, w/4) and "h" (N, h/8, w/8); for maps and tables.
@@ -216,7 +212,8 @@ class LatentCompressor(nn.Module):
             raise ValueError(f"compress takes one latent at a time; got {tuple(z.shape)}.")
         check_finite(z, "the latent")
         table, bits = self._frequencies(), {}
-        coded = self.eval().code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
+        with evaluating(self):
+            coded = self.code(z.to(self.device), torch.tensor([quality_byte(quality)], device=self.device))
         for name, rows in (("h", coded["h_index"]), ("y", coded["index"])):
             symbols = coded[f"{name}_symbols"].cpu().long()
             cost = coder.encode_table(symbols.numpy(), rows.cpu().long().expand_as(symbols).numpy(), table)

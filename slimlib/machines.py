@@ -20,7 +20,6 @@ CAM_GRID = 6
 """Cells a side that Grad-CAM needs. The last layer has 7 at 224 px, but 3 at 96 px: on scenes of the pocket machines a
 map from there overlaps the object no better than a spot in the middle, one from a layer before much better."""
 
-
 imagenet_info = functools.cache(lambda: ImageNetInfo("imagenet-1k"))  # takes 60 ms: for those who need it, once
 
 

@@ -36,12 +36,9 @@ class Scale:
 
     @staticmethod
     def from_name(name: str | Path) -> Scale:
-        """A scale by its name ("pocket", "paper"), or a folder laid out like assets/pocket.
+        """A scale by its name ("pocket", "paper"), or a folder laid out like assets/pocket; ValueError if neither.
 
         Parts may be changed behind a comma: "paper,size=512,captioner=owner/name@revision".
-
-        Raises:
-            ValueError: no such scale, or no such part.
         """
         if "," in str(name) and not Path(name).is_dir():
             head, *pairs = str(name).split(",")

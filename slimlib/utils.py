@@ -56,6 +56,17 @@ def autocast(device: torch.device, cpu: bool = False) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda" or on_cpu)
 
 
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while."""
+    before = module.training
+    try:
+        module.eval()
+        yield
+    finally:
+        module.train(before)
+
+
 def digest(*modules: nn.Module) -> bytes:
     """A hash over weights: names, shapes and the first 8 values of every tensor, so that gigabytes take no time."""
     hashed = hashlib.sha256()

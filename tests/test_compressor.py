@@ -240,6 +240,7 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     kept = [{k: v for k, v in m.state_dict().items() if not k.startswith("gaussian")} for m in (model, other)]
     assert all(map(torch.equal, kept[0].values(), kept[1].values())), "the model in memory is the stored one"
     assert torch.equal(other.table, table) and coded(model, latent(16, 16), 0.4) == coded(other, latent(16, 16), 0.4)
+    assert model.training, "and goes on training"
     other.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     stored = load_file(tmp_path / "model.safetensors")

@@ -152,7 +152,7 @@ def test_options_carry_their_help(capsys: pytest.CaptureFixture) -> None:
     assert "how fast" in capsys.readouterr().out
 
 
-def test_devices_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert utils.rank_and_world() == (0, 1)
     assert [str(utils.pick_device(name)) for name in ("cpu", "cuda", "cuda:7")] == ["cpu", "cuda:0", "cuda:7"]
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
@@ -163,6 +163,10 @@ def test_devices_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert utils.pick_device("cuda:0") == torch.device("cuda", 1), "of several processes each its own"
     with utils.autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu"), "unless it is asked for"
+    module = nn.Linear(1, 1).train()
+    with pytest.raises(ZeroDivisionError), utils.evaluating(module):
+        assert not module.training and 1 / 0
+    assert module.training
 
 
 def test_scales_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,10 +271,7 @@ class Options:
     n: int | None = option(None, "pictures, drawn by --seed; of PocketScenes the first (default: all)")
     seed: int = option(0, "of the draw, or of PocketScenes")
     protocol: Literal["crop", "squash"] = option("crop", "how squares are made of ImageNet's pictures")
-    scale: str = option(
-        "paper",
-        "the models: paper, pocket, a folder of models; or such as paper,size=512,ldm=owner/name",
-    )
+    scale: str = option("paper", "paper, pocket, or a folder of models; or such as paper,size=512,ldm=owner/name")
     roi: Literal["gradcam", "clipseg"] = option("gradcam", "region of interest; PocketScenes have their exact matte")
     clipseg: str = option("CIDAS/clipseg-rd64-refined", "the model for --roi clipseg")
     batch: int = option(16, "pictures at a time")

@@ -270,10 +270,7 @@ def _stream(ldm: LatentDiffusion, compressor: Any, pictures: list, steps: Sequen
 class Options:
     """What `slim doctor` looks at."""
 
-    scale: str = option(
-        "paper",
-        "the models: paper, pocket, a folder of models; or such as paper,size=512,ldm=owner/name",
-    )
+    scale: str = option("paper", "paper, pocket, or a folder of models; or such as paper,size=512,ldm=owner/name")
     data: str = option("", "ImageNet: a folder of class folders, shards (...*.tar), or hub:owner/name")
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
 

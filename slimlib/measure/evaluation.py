@@ -385,7 +385,8 @@ def evaluate_latents(
     z, m = (torch.as_tensor(np.array(array)).to(compressor.device) for array in (z, m))
     z, m, config, rows = z.float(), m.float() / (255 if m.dtype == torch.uint8 else 1), compressor.config, []
     for quality in map(float, qualities):
-        outs = [compressor.eval()(part, quality) for part in z.split(batch)]
+        with utils.evaluating(compressor):
+            outs = [compressor(part, quality) for part in z.split(batch)]
         z_hat, logits = (torch.cat([out[name] for out in outs]) for name in ("z_hat", "roi_logits"))
         y, h = (torch.cat([-out["likelihoods"][name].log2().sum(1, keepdim=True) for out in outs]) for name in "yh")
         error, inside, true = (z - z_hat).square().mean(1, keepdim=True), F.avg_pool2d(m, 2**config.stages), m > 0.5
