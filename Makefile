@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 FINDER := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 
 .DEFAULT_GOAL := help
-.PHONY: help install tutorial lab explorer notebooks reproduce paper-check test lint types clean
+.PHONY: help install tutorial lab explorer notebooks book reproduce paper-check test lint types clean
 
 help: ## list these commands
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,10 @@ explorer: $(STAMP) ## open the bitrate explorer as a web page on this machine
 
 notebooks: $(STAMP) ## execute the notebooks and write them back with their outputs, ready to commit
 	$(PY) notebooks/run.py --write $(ONLY)
+
+book: $(STAMP) ## the notebooks as a site that needs no network, into runs/book
+	$(PY) -m sphinx -q -c notebooks/book notebooks runs/book
+	@echo "open runs/book/index.html"
 
 reproduce: $(STAMP) ## measure all methods again and write assets/results (hours; goes on where it was stopped)
 	$(PY) -m slimlib evaluate --reproduce $(ARGS)

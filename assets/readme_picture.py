@@ -12,8 +12,8 @@ from slimlib.measure.baselines import nearest_size
 from slimlib.scales import ASSETS, Scale
 from slimlib.utils import quiet_libraries
 
-SCENES = (14, 52, 8)
-QUALITY = 0.75
+SCENES = (0, 1, 2)  # the first: nobody chose them
+QUALITY = 0.6
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         report = codec.inspect(stream)
         webp, webp_image = nearest_size(scene.image, "webp", len(stream))
         decoded = codec.decompress(stream)
-        plots.show(row[0], scene.image, f"a scene of {CLASSES[scene.label]!r}")
+        plots.show(row[0], scene.image, f"scene: {CLASSES[scene.label]}")
         plots.show_map(row[1], scene.image, report.bit_map, "where the bits went")
         for ax, name, size, image in (
             (row[2], "SLIM", len(stream), decoded),
@@ -38,7 +38,7 @@ def main() -> None:
             guess = judge.top5(image)[0][0]
             plots.show(ax, image)
             colour = "black" if guess == CLASSES[scene.label] else "#b2182b"
-            ax.set_title(f"{name}, {size} bytes: {guess!r}", color=colour)
+            ax.set_title(f"{name}, {size} bytes: {guess}", color=colour, fontsize=10)
     fig.savefig(ASSETS / "readme.png", dpi=100)
 
 

@@ -3,7 +3,9 @@
     python notebooks/run.py            all of them, into runs/<date>_<time>/
     python notebooks/run.py 00 04      those whose names begin like that
     python notebooks/run.py --write    these and their solutions, written back with outputs, ready to commit
+    python notebooks/run.py 05 -p w_bg 0.02 0.05 0.2 -p seed 0 1    every combination of these parameters
 
+With parameters, what cells tagged `metrics` print (JSON) is gathered in metrics.csv and drawn in metrics.png.
 A notebook that fails or hangs stops nothing else; the exit status tells (0: all well, 1: some failed). Where a run was
 killed, the same command goes on in its folder: what has ended well there, and is still the same notebook, counts.
 """
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -28,6 +31,7 @@ from typing import NamedTuple
 
 import nbformat
 import pandas as pd
+import papermill
 import psutil
 import yaml
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -146,12 +150,35 @@ def sources(notebook: Path) -> str:
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
+def metrics_of(notebook: Path) -> dict:
+    """What the cells of an executed notebook that are tagged `metrics` have printed: an object of JSON each."""
+    cells = nbformat.read(notebook, as_version=4).cells if notebook.suffix == ".ipynb" else []
+    told = [cell.outputs for cell in cells if "metrics" in cell.metadata.get("tags", [])]
+    texts = ["".join(output.get("text", "") for output in outputs) for outputs in told]
+    return {name: value for text in texts if text.strip() for name, value in json.loads(text).items()}
+
+
+def compare(folder: Path, names: list[str], rows: list[dict]) -> None:
+    """Runs with different parameters as a table, metrics.csv, and a picture, metrics.png, a panel for each metric."""
+    table = pd.DataFrame(rows)
+    write_file(folder / "metrics.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    metrics = [name for name in table.select_dtypes("number") if name not in names]
+    print(table.to_string(index=False, float_format="%.4g"), "", sep="\n")
+    if metrics:
+        table["run"] = table[["notebook"] * (table.notebook.nunique() > 1) + names].astype(str).agg(", ".join, axis=1)
+        panels = table.plot(x="run", y=metrics, subplots=True, marker="o", ls="", legend=False, title=metrics, rot=20)
+        panels[-1].set_xlabel(", ".join(names))
+        panels[-1].figure.set_size_inches(6.4, 2.2 * len(metrics))
+        panels[-1].figure.savefig(folder / "metrics.png", dpi=100, bbox_inches="tight")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("only", nargs="*", help="beginnings of names, such as 00 04; all notebooks if none")
     option("--write", action="store_true", help="write them and their solutions back, ready to commit")
+    option("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values to try, as YAML")
     option("--time-limit", type=float, default=3600, help="seconds for one notebook (%(default)s)")
     option("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
     option("--runs", type=Path, default=NOTEBOOKS.parent / "runs", help="folder of the results")
@@ -162,25 +189,34 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown or not chosen:
         names = ", ".join(n.stem for n in there) or "none"
         parser.error(f"no notebook begins with {' '.join(unknown) or 'a number'}; there are: {names}")
+    for notebook, (name, *values) in itertools.product(chosen if options.p else [], options.p):
+        known = papermill.inspect_notebook(notebook)
+        if name not in known or not values or options.write:  # papermill would only log a misspelt name
+            parser.error(f"-p NAME VALUE ..., without --write; {notebook.stem} has {', '.join(known)}")
+    names, tried = [name for name, *_ in options.p], [map(yaml.safe_load, values) for _, *values in options.p]
+    grid = [dict(zip(names, values, strict=True)) for values in itertools.product(*tried)]
+    runs = list(itertools.product(chosen, grid))
 
     words, rows, failed = " ".join(sys.argv[1:] if arguments is None else arguments), [], []
     folder, done = unfinished(options.runs, words)
     state = {"command": words, "process": os.getpid(), "done": done}
     write_file(folder / STATE, json.dumps(state).encode())
-    print(f"executing {len(chosen)} of {len(there)} notebooks into {os.path.relpath(folder)}/", flush=True)
+    print(f"executing {len(runs)} of {len(there) * len(grid)} notebooks into {os.path.relpath(folder)}/", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        for i, notebook in enumerate(chosen, 1):
-            print(f"[{i}/{len(chosen)}] {notebook.stem} ... ", end="", flush=True)
-            name = notebook.relative_to(options.notebooks).as_posix()
+        for i, (notebook, parameters) in enumerate(runs, 1):
+            label = ",".join(f"{name}={value}" for name, value in parameters.items()).replace("/", "_")
+            title = f"{notebook.stem} {label}".strip()
+            print(f"[{i}/{len(runs)}] {title} ... ", end="", flush=True)
+            name = (notebook.relative_to(options.notebooks).parent / label / notebook.name).as_posix()
             if name in done and done[name]["sources"] == sources(notebook):
                 print("ok, before the run was stopped", flush=True)
                 rows.append(done[name]["row"])
                 continue
             place = (folder / name).parent
-            result = run_notebook(notebook, place, time_limit=options.time_limit)
+            result = run_notebook(notebook, place, parameters, time_limit=options.time_limit)
             how = "FAILED" if result.problem else "ok"
             print(f"{how}, {result.seconds:.0f} s", flush=True)
-            rows.append([notebook.stem, result.seconds, result.memory / 1e9, how, os.path.relpath(result.output)])
+            rows.append([title, result.seconds, result.memory / 1e9, how, os.path.relpath(result.output)])
             if result.problem:
                 failed.append(f"{notebook.stem} failed: {result.problem} (log: {os.path.relpath(result.log)})")
             elif options.write:
@@ -191,12 +227,15 @@ def main(arguments: list[str] | None = None) -> int:
                 done[name] = {"sources": sources(notebook), "row": rows[-1]}
                 write_file(folder / STATE, json.dumps(state).encode())
     table = pd.DataFrame(rows, columns=["notebook", "seconds", "memory [GB]", "result", "where to look"])
-    total = f"{len(rows) - len(failed)} of {len(chosen)} notebooks ran well; {table.seconds.sum():.0f} s in all."
+    total = f"{len(rows) - len(failed)} of {len(runs)} notebooks ran well; {table.seconds.sum():.0f} s in all."
     text = "\n".join([table.to_string(index=False, float_format="%.1f"), "", total, *failed, ""])
     write_file(folder / "summary.txt", text.encode())
+    if options.p:
+        ended = zip(runs, rows, strict=False)  # fewer rows than runs where somebody has interrupted them
+        compare(folder, names, [{"notebook": n.stem, **p, **metrics_of(Path(row[-1]))} for (n, p), row in ended])
     (folder / STATE).unlink()
     print(f"\n{text}", end="")
-    return int(bool(failed) or len(rows) < len(chosen))
+    return int(bool(failed) or len(rows) < len(runs))
 
 
 if __name__ == "__main__":

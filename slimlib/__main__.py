@@ -93,17 +93,20 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class Inspect:
-    """Show what a .slim file holds, and who spent how many bytes."""
-
+class Models:
     scale: str = _option("pocket", "pocket, paper, or a folder of models")
-    max_pixels: int = _option(
-        1 << 20, "largest picture, its sides padded, that is coded or decoded; time grows with it"
-    )
+    max_pixels: int = _option(1 << 20, "largest picture, sides padded, that is coded or decoded; time grows with it")
 
 
 @dataclass
-class Decompress(Inspect):
+class Inspect(Models):
+    """Show what a .slim file holds, and how many bytes each part takes."""
+
+    judge: str = _option("", "the photograph it was made from: say what an ImageNet network sees before and after")
+
+
+@dataclass
+class Decompress(Models):
     """Decompress a .slim file to a picture."""
 
     steps: int | None = _option(None, "the decoder's denoising steps, 0 for none (default: as the encoder chose)")
@@ -154,10 +157,17 @@ def decompress(options: Decompress, stream: Path, picture: Path) -> int:
 def inspect(options: Inspect, stream: Path) -> int:
     codec, data = _open(options, stream)
     print(codec.inspect(data.getvalue()))
+    if options.judge:
+        from slimlib.data.imagenet import photo_machine
+        from slimlib.images import as_rgb
+
+        machine, before = photo_machine(), as_rgb(options.judge, 1 << 27, longest=512)
+        for what, picture in {"the photograph": before, "what is decoded": codec.decompress(data.getvalue())}.items():
+            print(f"{what}: " + ", ".join(f"{name} {share:.0%}" for name, share in machine.top5(picture)[:3]))
     return 0
 
 
-def _open(options: Inspect, source: Path, output: Path | None = None, force: bool = False) -> tuple[Any, io.BytesIO]:
+def _open(options: Models, source: Path, output: Path | None = None, force: bool = False) -> tuple[Any, io.BytesIO]:
     """The codec and the input, read once as a pipe must be; what is wrong with files is said before models load."""
     data = io.BytesIO(source.read_bytes())
     data.name = str(source)
@@ -176,7 +186,7 @@ FILES = {"picture": "anything that Pillow opens, or writes by its ending, such a
 COMMANDS: dict[str, tuple[Any, str]] = {
     "compress": ((Compress, compress, "picture", "stream"), "picture to .slim"),
     "decompress": ((Decompress, decompress, "stream", "picture"), ".slim to picture"),
-    "inspect": ((Inspect, inspect, "stream"), "what a .slim file holds, and who spent how many bytes"),
+    "inspect": ((Inspect, inspect, "stream"), "what a .slim file holds, and how many bytes each part takes"),
     "train": ("slimlib.data.train", "train a compressor, stage 1 or 2"),
     "evaluate": ("slimlib.measure.evaluation", "measure the codec and what it is compared with"),
     "preprocess": ("slimlib.data.cache", "cache latents, masks and captions for training"),

@@ -35,12 +35,15 @@ MAX_CHARACTERS = 200
 
 
 class Captioner:
-    """A frozen BLIP captioning model (arXiv 2201.12086), decoded greedily: same picture, same words."""
+    """A frozen BLIP captioning model (arXiv 2201.12086), decoded greedily: same picture, same words.
+
+    `floor`, which its config may name as "caption_floor", is the least probability of a caption that a codec sends.
+    """
 
     def __init__(self, model: BlipForConditionalGeneration, processor: Any, device: Device = None):
         self.device = pick_device(device)
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.processor = processor
+        self.processor, self.floor = processor, float(getattr(model.config, "caption_floor", 0.0))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: Device = None) -> Captioner:
@@ -49,16 +52,25 @@ class Captioner:
         model = load_pretrained(BlipForConditionalGeneration, name, dtype=torch.float32)
         return cls(model, load_plain(AutoProcessor, name), device)
 
-    @torch.no_grad()
     def caption(self, images: Sequence[Image.Image], max_tokens: int = 20) -> list[str]:
         """One caption for each picture, normalised; at most `max_tokens` long, or what the model has places for."""
+        return [text for text, _ in self.describe(images, max_tokens)]
+
+    @torch.no_grad()
+    def describe(self, images: Sequence[Image.Image], max_tokens: int = 20) -> list[tuple[str, float]]:
+        """Captions as `caption` has them, each with the probability that the model gives it."""
         if not images:
             return []
         pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
         places = self.model.config.text_config.max_position_embeddings - 1  # the first is the start token's
         how = {"max_new_tokens": min(max_tokens, places), "num_beams": 1, "do_sample": False}
-        ids = self.model.generate(pixel_values=pixels.to(self.device), **how)
-        return [normalise(text) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+        how |= {"output_logits": True, "return_dict_in_generate": True}
+        found = self.model.generate(pixel_values=pixels.to(self.device), **how)
+        words = found.sequences[:, -len(found.logits) :]
+        chances = torch.stack(found.logits, 1).log_softmax(-1).gather(2, words[..., None])[..., 0]
+        chances = chances.masked_fill(words == self.model.config.text_config.pad_token_id, 0).sum(1).exp()
+        texts = self.processor.batch_decode(found.sequences, skip_special_tokens=True)
+        return [(normalise(text), chance) for text, chance in zip(texts, chances.tolist(), strict=True)]
 
 
 def normalise(text: str) -> str:

@@ -29,8 +29,7 @@ from slimlib.compressor import LatentCompressor, quality_byte
 from slimlib.entropy import RangeDecoder, RangeEncoder
 from slimlib.images import MAX_PIXELS, Picture, as_rgb, to_images, to_tensor
 from slimlib.ldm import LatentDiffusion, last
-from slimlib.machines import Machine, load_machine
-from slimlib.roi import gradcam, roi_crop
+from slimlib.roi import object_box
 from slimlib.scales import Scale
 from slimlib.stream import LARGEST_IMAGE, StreamError, StreamHeader, as_bytes, pack, unpack
 from slimlib.utils import Device, pick_device
@@ -98,13 +97,12 @@ class SlimCodec:
         compressor: LatentCompressor,
         prior: CaptionPrior | None = None,
         captioner: Captioner | None = None,
-        machine: Machine | None = None,
         exact: bool = True,
     ):
         """Put a codec together from loaded parts; `from_pretrained` is the usual way.
 
-        A prior is needed for any caption, captioner and machine for caption="auto" only: one speaks, the other says
-        where to look. ValueError if diffusion model and compressor are not made for each other, as their shapes tell.
+        A prior is needed for any caption, a captioner for caption="auto" only. ValueError if diffusion model and
+        compressor are not made for each other, as their shapes tell.
         """
         config = compressor.config
         if config.latent_channels != ldm.latent_channels or config.factor != ldm.factor:
@@ -114,17 +112,15 @@ class SlimCodec:
             )
         self.ldm, self.compressor, self.prior = ldm, compressor, prior
         self.exact, self.max_pixels = exact, MAX_PIXELS  # larger pictures are refused
-        self._scale: Scale | None = None
+        self._captioner_name = ""
         if captioner is not None:
             self.captioner = captioner
-        if machine is not None:
-            self.machine = machine
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path | Scale = "pocket", device: Device = None, exact: bool = True, dtype: Any = torch.float32
     ) -> SlimCodec:
-        """Load a codec, with adapters of the UNet beside the compressor; captioner and machine follow when needed.
+        """Load a codec, with adapters of the UNet beside the compressor; the captioner follows when it is needed.
 
         Args:
             name: "pocket", "paper", a folder laid out like assets/pocket, or a `Scale`.
@@ -141,23 +137,15 @@ class SlimCodec:
         if (adapters := Path(scale.compressor) / "unet_lora").is_dir():
             ldm.unet.load_lora_adapter(adapters, prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE)
         codec = cls(ldm, compressor, prior, exact=exact)
-        codec._scale = scale
+        codec._captioner_name = scale.captioner
         return codec
 
     @functools.cached_property
     def captioner(self) -> Captioner:
         """The captioner, loaded on first use."""
-        return Captioner.from_pretrained(self._name("captioner"), device=self.ldm.device)
-
-    @functools.cached_property
-    def machine(self) -> Machine:
-        """Machine A, which shows where to look; loaded on first use."""
-        return load_machine(self._name("machine_a"), self.ldm.device)
-
-    def _name(self, what: str) -> str:
-        if self._scale is None:
-            raise ValueError(f'this codec has no {what}: give it one, type a caption, or use caption=None, not "auto"')
-        return getattr(self._scale, what)
+        if not self._captioner_name:
+            raise ValueError("this codec has no captioner: give it one, or type a caption, or use caption=None")
+        return Captioner.from_pretrained(self._captioner_name, device=self.ldm.device)
 
     @functools.cached_property
     def fingerprint(self) -> int:
@@ -196,21 +184,18 @@ class SlimCodec:
         with _LOCK:  # warnings' filters, too, belong to the process
             picture = as_rgb(image, min(self.max_pixels, LARGEST_IMAGE), unit=self._unit)
         byte, coder = quality_byte(quality), RangeEncoder()
-        usual = self.compressor.config.t0(byte / 255), self.compressor.config.steps
-        t0, steps = usual[0] if t0 is None else t0, usual[1] if steps is None else steps
+        walk = self.compressor.config.walk(byte / 255)
+        t0, steps = walk.t0 if t0 is None else t0, walk.steps if steps is None else steps
         self.ldm.times(t0, steps)  # raises on what the diffusion model cannot do
         if steps > MAX_STEPS:
             raise ValueError(f"steps is {steps}; a stream may ask for {MAX_STEPS} at the most")
         with _threads(self.exact), torch.no_grad():
-            words = self.look(picture)[1] if caption == "auto" else normalise(caption or "")
+            z = self.encode(picture)
+            words = self.look(picture, z, byte / 255)[1] if caption == "auto" else normalise(caption or "")
             if words:
                 self._prior().encode(coder, words)
-            x = to_tensor(picture)
-            height, width = self._padded(*x.shape[-2:])
-            # Repeating the last row and column costs fewer bits than black would, and bleeds no colour in.
-            x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
-            self.compressor.compress(self.ldm.encode(x).float(), byte / 255, coder)
-        asked = {} if (t0, steps) == usual else {"t0": t0, "steps": steps}  # what is usual goes without saying
+            self.compressor.compress(z, byte / 255, coder)
+        asked = {} if (t0, steps) == walk[:2] else {"t0": t0, "steps": steps}  # the usual goes without saying
         header = StreamHeader(self.fingerprint, byte, *picture.size, caption=bool(words), seed=seed, **asked)
         return pack(header, coder.get_bytes())
 
@@ -233,19 +218,35 @@ class SlimCodec:
         """What a stream holds, and what its parts cost; raises as `decompress` does."""
         return self.read(stream).report
 
-    def look(self, picture: Image.Image) -> tuple[Tensor, str]:
-        """Where machine A looks in an RGB picture, (1, H, W) in [0, 1], and the captioner's words for that region."""
-        with _LOCK:
-            cam = gradcam(self.machine, to_tensor(picture).to(self.ldm.device))[0]
-            return cam, self.captioner.caption([roi_crop(picture, cam)])[0]
+    def encode(self, picture: Image.Image) -> Tensor:
+        """The scaled latent (1, C, h, w) of an RGB picture, its sides filled up to what the networks can halve."""
+        x = to_tensor(picture)
+        height, width = self._padded(*x.shape[-2:])
+        # Repeating the last row and column costs fewer bits than black would, and bleeds no colour in.
+        x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
+        with _threads(self.exact), torch.no_grad():
+            return self.ldm.encode(x).float()
+
+    def look(self, picture: Image.Image, z: Tensor, quality: float) -> tuple[Tensor, str]:
+        """Where the compressor sees the object in a picture with latent z, (1, H, W) in [0, 1]; and words for it.
+
+        There are no words where the captioner is not sure enough of them: a wrong word does more harm than none.
+        """
+        with _threads(self.exact), torch.no_grad():
+            region = self.compressor.region(z, quality)
+            region = F.interpolate(region, scale_factor=self.ldm.factor, mode="bilinear")
+            region = region[0, :, : picture.height, : picture.width]
+            text, chance = self.captioner.describe([picture.crop(object_box(region))])[0]
+            return region, text if chance >= self.captioner.floor else ""
 
     def read(self, stream: bytes) -> Decoded:
         """Undo the entropy coding and the compressor only: the latent as it enters the diffusion."""
         header, payload = unpack(stream := as_bytes(stream), self.fingerprint, self.max_pixels, self._unit)
         config, latest = self.compressor.config, self.ldm.scheduler.config.num_train_timesteps - 1
+        walk = config.walk(header.quality / 255)
         coder, quality = RangeDecoder(payload), header.quality / 255
-        t0 = config.t0(quality) if header.t0 is None else header.t0
-        steps = config.steps if header.steps is None else header.steps
+        t0 = walk.t0 if header.t0 is None else header.t0
+        steps = walk.steps if header.steps is None else header.steps
         if t0 > latest:
             raise StreamError(f"The stream asks for t0 = {t0}; this diffusion model ends at {latest}.")
         if steps > MAX_STEPS:
@@ -264,7 +265,8 @@ class SlimCodec:
 
     def enhance(self, decoded: Decoded, steps: int | None = None) -> Iterator[Tensor]:
         """The latent after each denoising step that the stream asks for, or after each of `steps`."""
-        report, guidance = decoded.report, self.compressor.config.guidance
+        report = decoded.report
+        guidance = self.compressor.config.walk(report.quality).guidance
         steps = report.steps if steps is None else steps
         words, batched = [report.caption or ""], not self.exact
         return self.ldm.enhance(decoded.z_hat, words, report.t0, steps, [report.seed], guidance, batched)

@@ -19,7 +19,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ from slimlib.transforms import Decoder, Encoder
 from slimlib.utils import Device, evaluating, pick_device, write_file
 
 SYMBOL_MAX = 2**15  # larger symbols are clipped by the encoder, and are an error for the decoder
+
+
+class Walk(NamedTuple):
+    """What the diffusion model does with a decompressed latent."""
+
+    t0: int  # noise level that it starts from
+    steps: int  # denoising steps K; 0: nothing is done
+    guidance: float  # 1: none
 
 
 @dataclass
@@ -63,17 +71,20 @@ class CompressorConfig:
     symbol_bound: int = 63  # symbols beyond it are escaped
     gain_min: float = 0.2  # where the gains start before training, at quality 0
     gain_max: float = 3.0  # and at quality 1
-    # noise level of the enhancement: [quality, t0] knots, linear between them
-    t0_table: list[list[float]] = field(default_factory=lambda: [[0.0, 600], [0.3, 300], [0.5, 50], [1.0, 10]])
-    steps: int = 4  # K of the enhancement
-    guidance: float = 3.0  # of the enhancement
+    # How decoding goes on: rows of [quality, noise level t0, denoising steps K, guidance], each from its quality on
+    walks: list[list[float]] = field(
+        default_factory=lambda: [[0.0, 500, 4, 3], [0.2, 400, 4, 3], [0.4, 150, 4, 3], [0.6, 50, 4, 3], [0.8, 25, 4, 3]]
+    )
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}.")
-        knots = np.array(self.t0_table, float)
-        if knots.shape != (len(knots), 2) or not len(knots) or not np.isfinite(knots).all():
-            raise ValueError(f"t0_table must be a list of [quality, t0] pairs, not {self.t0_table}.")
+        walks = np.array(self.walks, float)
+        sound = walks.shape == (len(walks), 4) and len(walks) and np.isfinite(walks).all() and walks[0, 0] == 0
+        if not sound or (np.diff(walks[:, 0]) <= 0).any():
+            raise ValueError(
+                f"walks must be rows of [quality, t0, K, guidance], rising from quality 0, not {self.walks}."
+            )
 
     @classmethod
     def from_dict(cls, values: dict) -> CompressorConfig:
@@ -92,10 +103,10 @@ class CompressorConfig:
         """Height and width of z must be multiples of this (8 with two stages)."""
         return 2 ** (self.stages + 1)
 
-    def t0(self, quality: float) -> int:
-        """Noise level at a quality in [0, 1]."""
-        qualities, levels = np.array(sorted(self.t0_table)).T
-        return round(float(np.interp(quality, qualities, levels)))
+    def walk(self, quality: float) -> Walk:
+        """How decoding goes on at a quality in [0, 1]."""
+        _, t0, steps, guidance = next(row for row in reversed(self.walks) if row[0] <= quality + 0.002)  # as its byte
+        return Walk(int(t0), int(steps), guidance)
 
 
 class LatentCompressor(nn.Module):
@@ -175,6 +186,12 @@ class LatentCompressor(nn.Module):
             coded["index"], mean, coded["fineness"] = self._predict(byte, coded["h_hat"] * entropy.MEAN_STEPS)
             scaled = y * torch.exp2(coded["fineness"] / entropy.FINENESS_STEPS)
             return coded | self._quantise("y", scaled, coded["index"], mean)
+
+    def region(self, z: Tensor, quality: float) -> Tensor:
+        """Where the encoder sees the object in z (B, C, h, w): (B, 1, h, w) in [0, 1]."""
+        with torch.no_grad():
+            at = torch.full((len(z),), quality, device=self.device)
+            return self.encoder(z.to(self.device), at)[2].float().sigmoid()
 
     def synthesise(self, y_hat: Tensor, index: Tensor, fineness: Tensor, byte: Tensor) -> Tensor:
         """z_hat from the decoded values and their scale indices, which tell where detail was spent."""

@@ -47,9 +47,13 @@ class Machine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of pictures (B, 3, H, W) in [0, 1]; differentiable with respect to x."""
+        return self.net(self.prepare(x))
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Pictures in [0, 1] at the network's size, with its mean and deviation."""
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.net((x - self.mean) / self.std)
+        return (x - self.mean) / self.std
 
     @torch.no_grad()
     def top5(self, image: Image.Image | Tensor) -> list[tuple[str, float]]:

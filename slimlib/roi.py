@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor, nn
 
 from slimlib.machines import Machine
@@ -73,6 +74,25 @@ def roi_crop(image: Image.Image, cam: Tensor) -> Image.Image:
     y = min(round(top * image.height / height), image.height - 1)
     end = max(round(right * image.width / width), x + 1), max(round(bottom * image.height / height), y + 1)
     return image.crop((x, y, *end))
+
+
+def object_box(region: Tensor, margin: float = 0.1) -> Box:
+    """The box around the object in a compressor's own map, which is cut for the captioner.
+
+    Such a map is nearly 0 or 1, and may show a second thing that stands out: its largest connected part above one half
+    counts, with a margin around it, as a share of the box's sides.
+
+    Args:
+        region: map (1, H, W) in [0, 1], as large as the picture.
+    """
+    region = region.cpu()
+    parts, count = ndimage.label(region[0] > 0.5)
+    if count:
+        largest = 1 + ndimage.sum_labels(region[0], parts, range(1, count + 1)).argmax()
+        region = region * torch.from_numpy(parts == largest)
+    left, top, right, bottom = roi_box(region)
+    x, y = round(margin * (right - left)), round(margin * (bottom - top))
+    return max(0, left - x), max(0, top - y), min(region.shape[2], right + x), min(region.shape[1], bottom + y)
 
 
 def latent_mask(m: Tensor, h: int, w: int) -> Tensor:

@@ -29,10 +29,17 @@ class Scale:
     size: int  # side of the square pictures, in pixels
     ldm: str  # latent diffusion model in the Stable Diffusion folder layout
     captioner: str  # a BLIP captioning model
-    machine_a: str  # the classifier that stage 2 may train against
-    machine_b: str  # a classifier of another family that nothing is trained against
+    machine_a: str  # a classifier that stage 2 trains against: a teacher
+    machine_b: str  # a classifier of another family that nothing is trained against: a judge
     compressor: str  # folder of the compressor's weights: those of stage 2 where there are some
     variant: str | None = None  # of the diffusion model's files, such as "fp16"
+    machine_a2: str | None = None  # another teacher,
+    machine_c: str | None = None  # another judge,
+    machine_d: str | None = None  # and one that says where the object is, where there are any
+
+    @property
+    def teachers(self) -> list[str]:
+        return [name for name in (self.machine_a, self.machine_a2) if name]
 
     @staticmethod
     def from_name(name: str | Path) -> Scale:
@@ -60,6 +67,8 @@ class Scale:
             )
         half = pocket or any((folder / "ldm").glob("unet/*.fp16.safetensors"))
         parts = {part: str(folder / part) for part in ("ldm", "captioner", "machine_a", "machine_b")}
+        more = ("machine_a2", "machine_c", "machine_d")
+        parts |= {part: str(folder / part) for part in more if (folder / part).is_dir()}
         return Scale(folder.name, 128, **parts, compressor=compressor, variant="fp16" if half else None)
 
 

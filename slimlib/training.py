@@ -9,8 +9,9 @@ Stage 2: from the weights of stage 1, with what the diffusion model and a machin
     L = R + lambda(q) * (D + a * |v - v_theta(z_t)|^2) + b * sqrt(lambda(q)) * T(x_hat) + beta * BCE(roi_logits, m)
 
 z_t is z_hat with noise up to t = t0(q), the time that decoding starts from; one step of the frozen UNet gives
-z_tilde, the frozen VAE decoder x_hat, and T is the cross-entropy of machine A (or its feature error). Gradients
-pass through both networks into the compressor. Machine B is never trained against.
+z_tilde, the frozen VAE decoder x_hat, and T is the cross-entropy of the teachers (or the error in their features), a
+mean over them: a pattern that pleases one network only does not pay. Gradients pass through both networks into the
+compressor. The judges are never trained against.
 
 Both stages run the same loop (`fit`), for qualities q drawn anew for every item, with lambda log-spaced between
 `lambda_min` (q = 0) and `lambda_max` (q = 1). R is in bits per pixel of the image. W is divided by its mean over the
@@ -67,7 +68,7 @@ class Stage2Config(Stage1Config):
     view: float = option(
         0.12, "largest random shift and scaling of the machine's view, as a share of the side; 0: none"
     )
-    task: str = option("ce", "ce: machine A's cross-entropy; features: the error in its features; no label is used")
+    task: str = option("ce", "ce: the teachers' cross-entropy; features: the error in their features; no label is used")
     drop_caption: float = option(0.1, "share of the items that are shown to the UNet without caption")
     checkpointing: bool = option(False, "compute parts of UNet and VAE decoder twice: less memory, more time")
 
@@ -195,22 +196,22 @@ def train_stage2(
     labels: np.ndarray,
     captions: Sequence[str],
     ldm: LatentDiffusion,
-    machine: Machine,
+    teachers: Sequence[Machine],
     out: str | Path,
     compressor: LatentCompressor,
     images: np.ndarray | None = None,
     device: Device = None,
     **limits: Any,
 ) -> LatentCompressor:
-    """Train a compressor of stage 1 on through the frozen UNet, VAE decoder and machine.
+    """Train a compressor of stage 1 on through the frozen UNet, VAE decoder and teachers.
 
     Whatever parameters of `ldm.unet` ask for a gradient (adapters, which somebody has put there) are trained along.
 
     Args:
         latents, masks, out, device, limits: as for `train_stage1`.
-        labels, captions: (N,) class and words of each picture.
+        labels, captions: (N,) class and words of each picture; label -1 where it shows no known object.
         ldm: the diffusion model; it takes a layout and an attention that train faster, its results stay the same.
-        machine: machine A.
+        teachers: classifiers, such as machine A.
         compressor: what to start from; trained in place.
         images: (N, 3, H, W) uint8, the pictures; needed for task "features".
 
@@ -222,7 +223,7 @@ def train_stage2(
     if config.task == "features" and (images is None or len(images) != len(latents)):
         raise ValueError('task "features" compares pictures, and there are none for these latents; take task "ce"')
     device, unet = pick_device(device), ldm.unet
-    model, machine, ldm = compressor.to(device), machine.to(device), ldm.to(device)
+    model, ldm, teachers = compressor.to(device), ldm.to(device), [machine.to(device) for machine in teachers]
     lay_out_for_training(unet, ldm.vae, checkpointing=config.checkpointing)
     modules: dict[str, nn.Module] = {"compressor": model}
     groups = parameter_groups(model, config.weight_decay)
@@ -241,7 +242,7 @@ def train_stage2(
         z_tilde, x_hat = decode_once(ldm, out["z_hat"].float(), t, words, noise)
         originals = [pick(images, index, device)] if config.task == "features" else []  # type: ignore[arg-type]
         view, *x = random_view(config.view, x_hat, *originals)
-        task = task_loss(machine, view, torch.as_tensor(labels[index.numpy()], device=device), *x)
+        task = task_loss(teachers, view, torch.as_tensor(labels[index.numpy()], device=device), *x)
         diffusion = diffusion_loss(ldm, out["z_hat"], z_tilde, t)
         loss, parts = stage1_loss(out, z, m, quality, config, model.config.factor)
         # The new terms are divided by sqrt(lambda), too.
@@ -314,32 +315,38 @@ def random_view(most: float, *pictures: Tensor) -> Sequence[Tensor]:
     return [F.grid_sample(x, grid, padding_mode="reflection", align_corners=False) for x in pictures]
 
 
-def task_loss(machine: Machine, x_hat: Tensor, labels: Tensor, x: Tensor | None = None) -> Tensor:
-    """What machine A misses in x_hat, for each item: (B,).
+def task_loss(teachers: Sequence[Machine], x_hat: Tensor, labels: Tensor, x: Tensor | None = None) -> Tensor:
+    """What the teachers miss in x_hat, for each item, a mean over them: (B,).
 
     Args:
-        x_hat: decoded pictures (B, 3, H, W) in [0, 1]; labels: (B,).
-        x: the originals. Given, the loss is the squared error of the machine's features (`cam_layer`) relative to
+        x_hat: decoded pictures (B, 3, H, W) in [0, 1].
+        labels: (B,); the loss is 0 where it is -1.
+        x: the originals. Given, the loss is the squared error of each machine's features (`cam_layer`) relative to
             their energy (feature matching, as in TransTIC, arXiv 2306.05085, and Adapt-ICMH, arXiv 2407.09853),
             and no label is used; else the cross-entropy.
     """
-    seen: list[Tensor] = []
+    losses = []
     with autocast(x_hat.device, cpu=True):
-        if x is None:
-            return F.cross_entropy(machine(x_hat).float(), labels, reduction="none")
-        handle = machine.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.float()))
-        with torch.no_grad():
-            machine(x)
-        machine(x_hat)
-        handle.remove()
-    wanted, found = seen  # (B, channels, rows, columns)
-    energy = wanted.square().mean((1, 2, 3)).clamp_min(1e-6)
-    return (found - wanted).square().mean((1, 2, 3)) / energy
+        for machine in teachers:
+            if x is None:
+                losses.append(F.cross_entropy(machine(x_hat).float(), labels, reduction="none", ignore_index=-1))
+                continue
+            seen: list[Tensor] = []  # (B, channels, rows, columns), of x and of x_hat
+            handle = machine.cam_layer.register_forward_hook(lambda _m, _x, out, seen=seen: seen.append(out.float()))
+            with torch.no_grad():
+                machine(x)
+            machine(x_hat)
+            handle.remove()
+            wanted, found = seen
+            energy = wanted.square().mean((1, 2, 3)).clamp_min(1e-6)
+            losses.append((found - wanted).square().mean((1, 2, 3)) / energy)
+    return torch.stack(losses).mean(0)
 
 
 def start_times(config: CompressorConfig, quality: Tensor) -> Tensor:
-    """t0 of the compressor's table for each quality: (B,), on the same device."""
-    return torch.tensor([config.t0(q) for q in quality.tolist()], device=quality.device)
+    """The time that decoding starts from at each quality, 0 where it takes no steps: (B,), on the same device."""
+    walks = [config.walk(q) for q in quality.tolist()]
+    return torch.tensor([walk.t0 if walk.steps else 0 for walk in walks], device=quality.device)
 
 
 def _must_fit(latents: np.ndarray, masks: np.ndarray, *others: Any) -> None:

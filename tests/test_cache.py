@@ -88,7 +88,7 @@ def whole(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(one: Cache, other: Cache) -> bool:
-    arrays = ("latents", "masks", "labels", "images")
+    arrays = ("latents", "masks", "labels", "boxes", "images")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays) and (
         (one.captions, one.places, one.about) == (other.captions, other.places, other.about)
     )
@@ -101,6 +101,7 @@ def test_it_holds_what_the_models_say(tiny_world: Path, whole: Path) -> None:
     assert found.latents.shape == (N, 4, 16, 16) and found.latents.dtype == np.float16
     assert found.masks.shape == (N, 16, 16) and found.masks.dtype == np.uint8
     assert found.places == [scene.place for scene in scenes] and found.about["data"] == "22 scenes"
+    assert np.array_equal(found.boxes, [scene.box for scene in scenes]) and found.boxes.dtype == np.float32
     some, machine = [21, 4, 9], load_machine(str(tiny_world / "machine_a"), "cpu")
     x = to_tensor([scenes[i].image for i in some])
     assert torch.equal(found.batch(some), x), "in the order asked for"
@@ -126,6 +127,10 @@ def test_mattes_and_nouns_need_no_model(tmp_path: Path) -> None:
     assert alone.latents is None and alone.images is None and alone.captions == [scene.noun for scene in scenes]
     assert np.array_equal(alone.masks, np.stack([(255 * s.mask(16, 16)).round().astype(np.uint8) for s in scenes]))
     assert np.array_equal(alone.masks, helped.masks) and alone.captions == helped.captions
+    fill(PocketScenes("plain", 64, n=3), tmp_path / "c", about={}, progress=False)
+    plain = Cache.open(tmp_path / "c")
+    assert plain.labels.tolist() == [-1] * 3 and plain.captions == [""] * 3 and all(plain.places)
+    assert not plain.masks.any() and not plain.boxes.any()
 
 
 class Damaged(Scenes):

@@ -103,7 +103,12 @@ def test_captioner(tiny_world: Path, tmp_path: Path) -> None:
     captions = captioner.caption(images)
     assert captions == captioner.caption(images) == [captioner.caption([image])[0] for image in images]
     assert all(normalise(text) == text and len(text.split()) <= 20 for text in captions)
-    assert captioner.caption([]) == []
+    assert captioner.caption([]) == [] and captioner.floor == 0
+    described = captioner.describe(images)
+    assert [text for text, _ in described] == captions and all(0 < chance < 1 for _, chance in described)
+    assert captioner.describe(images[:1])[0][1] == pytest.approx(described[0][1], rel=1e-3), "alone as among others"
+    captioner.model.config.caption_floor = 0.3
+    assert Captioner(captioner.model, captioner.processor, "cpu").floor == 0.3
     few = captioner.caption(images, max_tokens=1)
     assert few != captions and all(text.startswith(start) for text, start in zip(captions, few, strict=True))
     with pytest.raises(FileNotFoundError):

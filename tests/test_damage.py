@@ -83,8 +83,9 @@ def test_a_compressor_that_is_not_whole(tiny_codec_world: Path, tmp_path: Path) 
     shutil.copytree(tiny_codec_world / "compressor", folder := tmp_path / "models")
     config, weights = folder / "config.json", folder / "model.safetensors"
     whole, tensors = json.loads(config.read_text()), load_file(weights)
-    less = {name: value for name, value in whole.items() if name != "guidance"}
-    odd = [{"width": "16"}, {"t0_table": [[0.0, "x"]]}, {"t0_table": [[0.0, float("nan")]]}, {"heads": 0}, {"stem": -1}]
+    less = {name: value for name, value in whole.items() if name != "walks"}
+    tables = [[[0.0, "x", 4, 3]], [[0.0, float("nan"), 4, 3]], [[0.0, 500, 4]], 7]
+    odd = [{"width": "16"}, *({"walks": table} for table in tables), {"heads": 0}, {"stem": -1}]
     for values in (less, [], 7, None, whole | {"surplus": 1}, *(whole | change for change in odd)):
         config.write_text(json.dumps(values))
         fails("compressor", folder, str(folder))

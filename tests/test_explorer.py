@@ -27,17 +27,10 @@ from tiny_codec import TINY, make_world, picture
 from slimlib.__main__ import main
 from slimlib.compressor import LatentCompressor
 from slimlib.explorer import serve
-from slimlib.explorer.engine import (
-    Explorer,
-    Settings,
-    bits_picture,
-    curves_of,
-    error_picture,
-    largest_within,
-    roi_picture,
-)
+from slimlib.explorer.engine import Explorer, Settings, bits_picture, curves_of, largest_within, roi_picture
 from slimlib.explorer.page import PHOTO, Newest, Page
 from slimlib.measure.baselines import CODECS, encode_classic
+from slimlib.measure.plots import error_picture
 from slimlib.stream import StreamError
 
 
@@ -45,7 +38,8 @@ from slimlib.stream import StreamError
 def models(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Explorer:
     """Of a world with two sets of weights, "stage 1" and "uniform"."""
     world = make_world(tiny_world, tmp_path_factory.mktemp("explorer") / "world")
-    shutil.copytree(world / "compressor", world / "compressor_uniform")
+    for name, copied in (("compressor", "compressor_uniform"), ("machine_b", "machine_c")):
+        shutil.copytree(world / name, world / copied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         LatentCompressor(replace(TINY, gain_max=8.0)).save_pretrained(world / "compressor_uniform")
@@ -203,7 +197,7 @@ def test_box_and_outline_leave_the_rest_alone() -> None:
 
 
 def test_curves_are_those_of_the_plain_methods_by_rate() -> None:
-    points = [("SLIM", "", 0.1, 90), ("SLIM", "", 0.01, 20), ("SLIM", "no caption", 1, 50), ("SLIM, LoRA", "", 1, 50)]
+    points = [("SLIM", "", 0.1, 90), ("SLIM", "", 0.01, 20), ("SLIM", "no caption", 1, 50), ("SLIM, joint", "", 1, 50)]
     curves = curves_of(pandas.DataFrame(points, columns=["method", "variant", "bpp", "top1_b"]))
     assert list(curves) == ["SLIM"] and curves["SLIM"].bpp.tolist() == [0.01, 0.1]
 
@@ -306,7 +300,7 @@ def move(page: Page, **values: Any) -> None:
 def test_the_first_page_is_complete_at_once(page: Page) -> None:
     rows = table(page)
     assert list(rows) == ["original", "before the UNet", "SLIM", "JPEG", "WebP", "AVIF"]
-    assert all(set(row["seen"]) == {"A", "B"} for row in rows.values()) and not page.picture.doing
+    assert all(set(row["seen"]) == {"A", "B", "C"} for row in rows.values()) and not page.picture.doing
     assert rows["SLIM"]["bytes"] == page.view.report.size and set(page.answered) == {"before", "after"}
     for name, guesses in (("original", page.view.source.guesses), ("SLIM", page.view.guesses["after"])):
         assert all(rows[name]["seen"][m][0] == top[0][0] for m, top in guesses.items())
@@ -317,17 +311,19 @@ def test_the_first_page_is_complete_at_once(page: Page) -> None:
 
 
 def test_every_control_changes_the_page(page: Page) -> None:
-    moves = [("size", 1024), ("steps", 2), ("seed", 3), ("caption", "none"), ("scene", 14), ("weights", "uniform")]
+    moves = [("size", 1024), ("seed", 3), ("caption", "none"), ("scene", 14), ("weights", "uniform")]
     for name, value in moves:
         before, address = page.picture.shown["right"], page.picture.query
         move(page, **{name: value})
         assert page.picture.shown["right"] != before and page.picture.query != address, name
-    assert page.settings == Settings(14, 0.2, 2, None, "uniform", "", 3, 1024) == page.view.settings
+    assert page.settings == Settings(14, 0.2, None, None, "uniform", "", 3, 1024) == page.view.settings
     assert f"{page.view.report.size} bytes" in page.facts.shown["summary"] and not page.picture.doing
-    t0 = page.controls["t0"]
-    assert t0.disabled and t0.value == page.view.report.t0 and "t0=" not in page.picture.query.replace("auto_t0", "")
-    move(page, auto_t0=False, t0=300)
-    assert page.view.report.t0 == 300 and not t0.disabled and "&t0=300" in page.picture.query
+    walk = {name: page.controls[name] for name in ("t0", "steps")}
+    for name, control in walk.items():  # they follow the quality
+        assert control.disabled and control.value == getattr(page.view.report, name) and name not in page.picture.query
+    move(page, auto=False, t0=300, steps=2)
+    assert (page.view.report.t0, page.view.report.steps) == (300, 2) and "&t0=300" in page.picture.query
+    assert not any(control.disabled for control in walk.values()) and "steps=2" in page.picture.query
 
 
 def test_what_stands_left_and_over_the_picture(page: Page) -> None:
@@ -372,8 +368,19 @@ def test_uploads_good_and_bad(page: Page) -> None:
     assert page.wait() and page.view.report.width == 128 and page.photo is None and page.settings.scene == 43
 
 
+def test_an_imagenet_network_looks_at_photographs_alone(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = page.explorer.machines
+    monkeypatch.setattr(page.explorer, "photo_machines", machines | {"T": machines["A"]})
+    upload(page.camera, "mine.png", file_of(picture(90, 60)))
+    assert page.wait() and "Machine T is an ImageNet network" in page.facts.shown["summary"]
+    assert all(row["seen"].keys() == {*machines, "T"} for row in page.facts.shown["rows"])
+    page._said(page.scenes, {"scene": 43}, [])
+    assert page.wait() and all(row["seen"].keys() == {*machines} for row in page.facts.shown["rows"])
+    assert page.explorer.constants()["machines"] == [*machines, "T"]
+
+
 def test_save_and_open_again(page: Page) -> None:
-    page.follow("scene=9&size=192&t0=77&auto_t0=False&seed=5&caption=typed&words=a+lion&weights=uniform")
+    page.follow("scene=9&size=192&t0=77&auto=False&seed=5&caption=typed&words=a+lion&weights=uniform")
     assert page.wait()
     stream, after, report = page.view.stream, page.view.pictures["after"], page.view.report
     page.follow("scene=14")
@@ -392,13 +399,13 @@ def test_save_and_open_again(page: Page) -> None:
 
 def test_links(page: Page, models: Explorer) -> None:
     page.follow("")
-    assert page.wait() and replace(page.settings, steps=None) == Settings(size=64)
-    move(page, size=256, steps=1, auto_t0=False, t0=100, words="a réd lion & <b>", scene=9, left="WebP", over="error")
+    assert page.wait() and page.settings == Settings(size=64)
+    move(page, size=256, auto=False, steps=1, t0=100, words="a réd lion & <b>", scene=9, left="WebP", over="error")
     linked = Page(models, **dict(parse_qsl(page.picture.query)))
     assert linked.wait()
     assert linked.settings == page.settings == linked.view.settings and linked.picture.shown == page.picture.shown
     linked.follow("size=100&odd=1&left=odd&weights=stage+9&scene=x&caption=none")
-    assert linked.wait() and linked.settings == Settings(steps=linked.settings.steps, size=64, caption="")
+    assert linked.wait() and linked.settings == Settings(size=64, caption="")
     sent: list[Any] = []
     widget = SimpleNamespace(send=sent.append)
     page._said(widget, {"query": "scene=14"}, [])

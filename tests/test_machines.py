@@ -10,6 +10,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from slimlib.images import to_images, to_tensor
 from slimlib.machines import Machine, load_machine
+from slimlib.measure.methods import find
 
 
 def test_a_machine_sees_what_timm_shows_it(tiny_world: Path) -> None:
@@ -40,6 +41,15 @@ def test_where_gradcam_looks(tiny_world: Path) -> None:
         machine.net(torch.rand(1, 3, size, size))
         handle.remove()
         assert seen[0].shape[-1] == cells
+
+
+def test_a_box_is_a_mean_of_what_cells_propose(tiny_world: Path) -> None:
+    machine, proposed = load_machine(str(tiny_world / "machine_b"), "cpu"), torch.zeros(2, 5, 2, 4)
+    machine.net.get_classifier = torch.nn.Identity
+    machine.net.forward_features = lambda x: proposed[: len(x)]
+    proposed[1, :, 1, 3] = torch.tensor([0.1, -0.2, -100, 100, 100])  # a cell that is sure: of a line
+    found = find(machine, torch.rand(2, 3, 64, 64))
+    torch.testing.assert_close(found, torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.975, 0.05, 0.975, 1.05]]))
 
 
 def test_what_is_no_machine(tmp_path: Path) -> None:

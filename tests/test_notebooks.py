@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import psutil
 import pytest
@@ -33,13 +34,13 @@ SMALL: dict[str, dict[str, object]] = {
     "05_stage1_training": {"n_train": 32, "n_test": 24, "train_steps": 16, "batch": 8},
     "06_stage2_training": {"n_train": 16, "n_test": 10, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 4}
     | {"qualities": [0.4, 0.8]},
-    "07_evaluation": {"n_scenes": 6, "live_qualities": [0.6], "gallery_scenes": [14], "time_scenes": 1}
-    | {"coverage_trials": 100},
+    "07_evaluation": {"n_scenes": 6, "n_gallery": 1, "draws": 20, "time_scenes": 1, "coverage_trials": 100},
     "08_bitrate_explorer": {"qualities": [0.2, 0.8], "caption_qualities": [0.5]},
     "10_pocket_scenes": {"size": 64},
     "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
     "12_paper_scale": {"sizes": [256], "n_pictures": 8, "train_steps": 4},
-    "13_faster_diffusion": {"n_scenes": 3, "n_walks": 4, "train_steps": 3, "steps_tried": [1, 2, 8]},
+    "13_faster_diffusion": {"n_scenes": 3, "n_walks": 4, "train_steps": 3, "steps_tried": [1, 2, 8]}
+    | {"qualities": [0.0]},
     "solutions/00_wrong_caption": {"n_scenes": 2, "qualities": [0.5]},
     "solutions/01_keep_a_share": {"n_scenes": 24, "shares": [0.0, 0.1, 0.2, 1.0]},
     "solutions/02_adaptive_counts": {"n_scenes": 3, "n_fit": 8},
@@ -203,7 +204,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     for name in ("00_a", "01_b"):
         _write(source, name, "1")
 
-    def fake(notebook: Path, folder: Path, time_limit: float) -> run.Result:
+    def fake(notebook: Path, folder: Path, parameters: dict, time_limit: float) -> run.Result:
         ran.append(notebook.stem)
         if notebook.stem in deadly:
             raise SystemExit(137)
@@ -227,6 +228,26 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     deadly.clear()
     go()
     assert ran == ["00_a", "01_b"] and "2 of 2 notebooks ran well" in capsys.readouterr().out
+
+
+@pytest.mark.notebook
+def test_a_grid_of_parameters_ends_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, runs = tmp_path / "notebooks", tmp_path / "runs"
+    source.mkdir()
+    cells = [new_code_cell("k: int = 2  # a factor\nname = 'a'  # said along"), new_code_cell("")]
+    cells[0].metadata["tags"], cells[1].metadata["tags"] = ["parameters"], ["metrics"]
+    cells[1].source = "import json\nprint(json.dumps({'double': 2 * k, 'name': name}))"
+    nbformat.write(new_notebook(cells=cells, metadata=run.METADATA), source / "05_a.ipynb")
+    there = ["05", "--notebooks", str(source), "--runs", str(runs)]
+    assert run.main([*there, "-p", "k", "3", "5"]) == 0
+    (folder,) = runs.iterdir()
+    table = pd.read_csv(folder / "metrics.csv")
+    assert table[["k", "double", "name"]].values.tolist() == [[3, 6, "a"], [5, 10, "a"]]
+    assert (folder / "k=5/05_a.ipynb").exists() and (folder / "metrics.png").stat().st_size > 1000
+    for words in (["-p", "kk", "3"], ["-p", "k"], ["-p", "k", "3", "--write"]):
+        with pytest.raises(SystemExit):
+            run.main([*there, *words])
+        assert "05_a has k, name" in capsys.readouterr().err
 
 
 @pytest.mark.notebook

@@ -41,12 +41,12 @@ def ldm(world: SimpleNamespace) -> LatentDiffusion:
 
 
 def test_a_walk_ends_where_the_guided_decoder_ends(world: SimpleNamespace) -> None:
-    ldm, walks, guidance = world.ldm, world.walks, world.compressor.config.guidance
+    ldm, walks, guidance = world.ldm, world.walks, world.compressor.config.walk(0.0).guidance
     assert walks.points.shape == (10, 4, 4, 16, 16) and walks.points.dtype == torch.float16
     assert (walks.times.diff(dim=1) < 0).all() and (walks.times[:, -1] == CLEAN).all()
     assert ((walks.times[:, 0] >= CONFIG.t_low) & (walks.times[:, 0] <= CONFIG.t_high)).all()
     assert guidance > 1
-    for i in (0, 9):  # of two batches
+    for i in (0, 9):
         z, text = walks.points[i : i + 1, 0].float(), ldm.text(walks.captions[i : i + 1])
         for k in range(3):
             with torch.no_grad():

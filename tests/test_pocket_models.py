@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from torchvision.ops import box_iou
 
 from slimlib.data.scenes import CLASSES, CUTOUTS, PocketScenes
 from slimlib.images import to_tensor
 from slimlib.machines import load_machine
+from slimlib.measure.methods import find
 from slimlib.scales import ASSETS, Scale
 
 POCKET = ASSETS / "pocket"
@@ -30,12 +33,19 @@ def card(name: str) -> dict:
     return json.loads((POCKET / name / "card.json").read_text())
 
 
+def figure(name: str, *words: str) -> float:
+    """The one figure of a card that is called by all these words."""
+    (value,) = [v for what, v in card(name)["figures"].items() if all(word in what for word in words)]
+    return value
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_each_card_tells_how_it_was_made(name):
     facts = card(name)
     assert {"command", "steps", "seed", "device", "seconds", "data"} <= set(facts["training"])
-    counts = [n for what, n in facts["figures"].items() if what.startswith(("test scenes", "pictures drawn"))]
-    assert counts and max(counts) >= (31 if name == "one_step" else 300), "it has distances in place of accuracies"
+    told = " ".join(f"{number} {what}" for what, number in facts["figures"].items())
+    counts = [int(number) for number in re.findall(r"(\d+) (?:test scenes|validation scenes|pictures drawn)", told)]
+    assert counts and max(counts) >= (31 if name == "one_step" else 248), "it has distances in place of accuracies"
     text = (POCKET / name / "README.md").read_text()
     assert facts["title"] in text and "licence" in text.lower()
 
@@ -44,20 +54,21 @@ def test_the_floors_are_met():
     vae = card("ldm/vae")["figures"]
     assert vae["PSNR of reconstructions [dB]"] >= 26
     assert vae["top-1 of machine_b on originals"] - vae["top-1 of machine_b on reconstructions"] <= 10
-    assert card("machine_b")["figures"]["top-1"] >= 95
-    assert card("machine_a")["figures"]["top-1"] >= 90
-    assert card("ldm")["figures"]["recognised by machine_b [%]"] >= 30
-    assert card("captioner")["figures"]["names the class from the Grad-CAM crop [%]"] >= 85
+    for name, floor in {"machine_a": 85, "machine_a2": 75, "machine_b": 95, "machine_c": 85}.items():
+        assert card(name)["figures"]["top-1 on test scenes [%]"] >= floor, name
+    assert card("machine_d")["figures"]["found in test scenes [%]"] >= 80
+    assert card("ldm")["figures"]["drawings recognised by machine_b [%]"] >= 60
+    assert figure("captioner", "own crop", "test scenes") >= 85
 
 
 def test_only_safetensors_and_not_too_many():
     files = [p for p in POCKET.glob("*/**/*") if p.is_file() and "__pycache__" not in p.parts]
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".md", ".txt", ".csv"}
-    assert sum(p.stat().st_size for p in files) < 80e6
+    assert sum(p.stat().st_size for p in files) < 90e6
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["machine_a", "machine_b"])
+@pytest.mark.parametrize("name", ["machine_a", "machine_a2", "machine_b", "machine_c"])
 def test_timm_classifies(name, scenes):
     net = timm.create_model(f"local-dir:{POCKET / name}", pretrained=True).eval()
     assert list(net.pretrained_cfg["label_names"]) == CLASSES
@@ -65,8 +76,18 @@ def test_timm_classifies(name, scenes):
     mine = load_machine(str(POCKET / name), "cpu")
     hits = (mine(x).argmax(-1) == torch.tensor([scene.label for scene in scenes])).float().mean().item()
     # 62 scenes of a machine that knows p of them: four standard deviations below the card
-    p = card(name)["figures"]["top-1"] / 100
+    p = card(name)["figures"]["top-1 on test scenes [%]"] / 100
     assert hits >= p - 4 * np.sqrt(p * (1 - p) / len(scenes)) - 0.01
+
+
+@torch.no_grad()
+def test_the_finder_finds(scenes):
+    """As often as its card says, within four standard deviations; the box is where the object is, not anywhere."""
+    boxes = torch.from_numpy(np.stack([scene.box for scene in scenes]))
+    found = find(load_machine(str(POCKET / "machine_d"), "cpu"), to_tensor([scene.image for scene in scenes]))
+    hits, p = box_iou(found, boxes).diagonal() > 0.5, card("machine_d")["figures"]["found in test scenes [%]"] / 100
+    assert hits.float().mean() >= p - 4 * np.sqrt(p * (1 - p) / len(scenes))
+    assert (box_iou(found, boxes.roll(1, 0)).diagonal() > 0.5).float().mean() < hits.float().mean() - 0.2
 
 
 @torch.no_grad()
@@ -96,7 +117,7 @@ def test_stock_blip_captions_a_crop(scenes):
         crop = scene.image.crop((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
         tokens = model.generate(**processor(images=crop, return_tensors="pt"), max_new_tokens=12)
         right += CLASSES[scene.label] in processor.decode(tokens[0], skip_special_tokens=True)
-    p = card("captioner")["figures"]["names the class from the exact crop [%]"] / 100
+    p = figure("captioner", "exact crop", "test scenes") / 100
     assert right / 40 >= p - 4 * np.sqrt(p * (1 - p) / 40)  # four standard deviations below its card
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from slimlib.machines import load_machine
-from slimlib.roi import gradcam, latent_mask, roi_box, roi_crop, roi_weights
+from slimlib.roi import gradcam, latent_mask, object_box, roi_box, roi_crop, roi_weights
 
 
 class Spotter(nn.Module):
@@ -75,6 +75,16 @@ def test_box_and_crop() -> None:
     assert roi_crop(image, spot).tobytes() == image.crop((62, 93, 64, 96)).tobytes()
     assert roi_crop(Image.new("RGB", (1, 1)), spot).size == (1, 1)
     assert roi_crop(Image.new("RGB", (5, 3)), spot.roll((-21, -21), (0, 1))).size == (1, 1)
+
+
+def test_the_object_is_the_largest_part_of_a_map() -> None:
+    region = torch.full((1, 64, 48), 0.1)
+    region[0, 10:50, 5:35], region[0, 55:62, 40:47] = 0.9, 1.0  # another thing that stands out
+    alone = region.clone()
+    alone[0, 55:62, 40:47] = 0.1
+    left, top, right, bottom = box = object_box(region)
+    assert box == object_box(alone) and 0 <= left < 5 < 35 < right < 40 and top < 10 < 50 < bottom
+    assert object_box(torch.full((1, 64, 48), 0.1)) == (0, 0, 48, 64), "all of it where nothing stands out"
 
 
 def test_masks_and_weights() -> None:

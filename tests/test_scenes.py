@@ -33,7 +33,7 @@ def test_the_same_scene_in_another_process():
 
 def test_another_seed_split_or_index_is_another_scene():
     pixels = {PocketScenes(split, 64, seed)[i].image.tobytes() for split in SPLITS for seed in (0, 1) for i in (0, 1)}
-    assert len(pixels) == 12
+    assert len(pixels) == 4 * len(SPLITS) == 28
 
 
 def test_the_same_scene_at_two_sizes_looks_alike():
@@ -53,8 +53,9 @@ def test_matte_is_the_object():
 
 
 def test_every_class_comes_equally_often():
-    labels = [scene.label for scene in PocketScenes("test", 32, n=2 * len(CLASSES))]
-    assert sorted(labels) == sorted([*range(len(CLASSES))] * 2)
+    for split, known in (("test", range(len(CLASSES))), ("unseen", {c.label for c in CUTOUTS if c.held_out})):
+        labels = [scene.label for scene in PocketScenes(split, 32, n=2 * len(known))]
+        assert sorted(labels) == sorted([*known] * 2)
 
 
 def test_test_scenes_stand_on_unseen_photographs():
@@ -66,9 +67,36 @@ def test_test_scenes_stand_on_unseen_photographs():
 
 def test_held_out_cutouts_never_occur_in_training():
     held_out = {c.noun for c in CUTOUTS if c.held_out}
-    assert not held_out & {scene.noun for scene in PocketScenes("train", 32, n=400)}
-    scenes = list(PocketScenes("test", 32, n=400))
-    assert all((s.noun in held_out) == (not s.seen) for s in scenes) and any(not s.seen for s in scenes)
+    for split in ("train", "val", "test", "focused", "unseen"):
+        scenes = list(PocketScenes(split, 32, n=300))
+        assert {s.seen for s in scenes} == {s.noun not in held_out for s in scenes} == {split != "unseen"}, split
+        assert all(s.cutout == s.noun and s.noun.endswith(CLASSES[s.label]) for s in scenes)
+
+
+def test_which_photographs_each_split_stands_on():
+    photographs = {s: {b.place for b in BACKGROUNDS if b.split == s} for s in ("train", "val", "test")}
+    for split in SPLITS:
+        of = {"plain": "train", "plain-val": "val", "unseen": "test", "focused": "test"}.get(split, split)
+        assert {scene.place for scene in PocketScenes(split, 32, n=200)} <= photographs[of]
+
+
+def test_focused_scenes_are_test_scenes_with_sharp_objects():
+    def sharpness(scene):  # of the object, of the background
+        edges = np.abs(np.diff(np.asarray(scene.image.convert("L"), float), axis=1))
+        return np.array([edges[part[:, 1:] & part[:, :-1]].sum() for part in (scene.matte > 0.9, scene.matte < 0.1)])
+
+    pairs = [(PocketScenes("test")[i], PocketScenes("focused")[i]) for i in range(20)]
+    assert all((one.label, one.caption, one.cutout) == (two.label, two.caption, two.cutout) for one, two in pairs)
+    assert max(np.abs(one.matte - two.matte).mean() for one, two in pairs) < 0.05
+    (front, back), (focused, behind) = (sum(sharpness(scene) for scene in of) for of in zip(*pairs, strict=True))
+    assert focused > 1.1 * front and behind < 0.9 * back
+
+
+def test_plain_scenes_show_no_object():
+    for split in ("plain", "plain-val"):
+        for scene in PocketScenes(split, 64, n=5):
+            assert (scene.label, scene.noun) == (-1, "") and scene.image.size == (64, 64)
+            assert not scene.matte.any() and not scene.box.any()
 
 
 @pytest.mark.parametrize("wrong", [("dev",), ("train", 8), ("train", 4096), ("val", 64, 0, 0), ("val", 64, 0, 1241)])
@@ -105,3 +133,4 @@ def test_a_mask_is_the_share_of_each_cell():
     scene = Scene(Image.new("RGB", (4, 4)), matte, 0, "a red fox", "in a forest", True)
     assert scene.mask(2, 1).tolist() == [[0.25], [0.0625]] and scene.mask(1, 2).tolist() == [[0.25, 0.0625]]
     assert scene.caption == "a red fox in a forest"
+    assert scene.box.tolist() == [0, 0, 0.5, 0.25] and scene.box.dtype == np.float32, "where the matte is above a half"

@@ -116,14 +116,14 @@ def test_stage1_starts_from_what_it_is_given_and_refuses_the_rest(data: tuple, t
 
 @pytest.fixture(scope="module")
 def world(tiny_world: Path) -> SimpleNamespace:
-    """The tiny diffusion model and machine, eight pictures of noise for them, and their latents."""
+    """The tiny diffusion model, two teachers, eight pictures of noise for them, and their latents."""
     ldm = LatentDiffusion.from_pretrained(tiny_world / "ldm", device="cpu")
     images, masks = (255 * numbers(0, 8, 3, 64, 64)).astype(np.uint8), (255 * numbers(1, 8, 16, 16)).astype(np.uint8)
     labels = np.arange(8) % 6
     z = ldm.encode(torch.from_numpy(images) / 255).numpy()
     items = {"latents": z, "masks": masks, "labels": labels, "captions": [CAPTIONS[i] for i in labels]}
-    machine = load_machine(str(tiny_world / "machine_a"), "cpu")
-    return SimpleNamespace(ldm=ldm, machine=machine, images=images, z=torch.from_numpy(z), items=items)
+    teachers = [load_machine(str(tiny_world / f"machine_{name}"), "cpu") for name in "ab"]
+    return SimpleNamespace(ldm=ldm, teachers=teachers, images=images, z=torch.from_numpy(z), items=items)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(config: Stage2Config, world: SimpleNamespace, folder: Path, **more: Any) -> LatentCompressor:
     torch.manual_seed(7)
-    rest = {"ldm": world.ldm, "machine": world.machine, "images": world.images, "compressor": LatentCompressor(TINY)}
+    rest = {"ldm": world.ldm, "teachers": world.teachers, "images": world.images, "compressor": LatentCompressor(TINY)}
     return training.train_stage2(config, out=folder, **{**world.items, **rest, **QUIET, **more})
 
 
@@ -166,8 +166,8 @@ def test_stage2_hands_on_what_belongs_together(
     assert 1 - sum(told) / 32 == pytest.approx(drop, abs=0.3 if 0 < drop < 1 else 0)
     most, original, *pictures, (seen, *targets) = calls["random_view"]
     assert most == view and original is x_hat and torch.equal(seen, x_hat) == (not view)
-    machine, shown, labels, *wanted, task_term = calls["task_loss"]
-    assert machine is world.machine and shown is seen and labels.tolist() == list(world.items["labels"][index])
+    teachers, shown, labels, *wanted, task_term = calls["task_loss"]
+    assert teachers == world.teachers and shown is seen and labels.tolist() == list(world.items["labels"][index])
     assert len(pictures) == len(wanted) == (task == "features")
     assert not wanted or wanted[0] is targets[0]
     originals = torch.from_numpy(world.images[index]).float() / 255
@@ -183,7 +183,7 @@ def test_stage2_hands_on_what_belongs_together(
 
 
 def test_stage2_learns_and_leaves_the_frozen_networks_alone(world: SimpleNamespace, tmp_path: Path) -> None:
-    frozen = [world.ldm.unet, world.ldm.vae, world.ldm.text_encoder, world.machine]
+    frozen = [world.ldm.unet, world.ldm.vae, world.ldm.text_encoder, *world.teachers]
     before = [p.clone() for module in frozen for p in module.state_dict().values()]
     train(replace(TWO, steps=14, batch=4, lr=1e-2, task="features"), world, tmp_path)
     log = pd.read_csv(tmp_path / "log.csv")
@@ -241,7 +241,7 @@ def test_the_task_reaches_the_compressor_through_both_networks(world: SimpleName
 
     def loss(z: Tensor) -> Tensor:
         _, x_hat = training.decode_once(world.ldm, z, t, ["a red fox", ""], noise)
-        return training.task_loss(world.machine, x_hat, labels).sum()
+        return training.task_loss(world.teachers, x_hat, labels).sum()
 
     (gradient,) = torch.autograd.grad(loss(z_hat), z_hat)
     direction = gradient / gradient.norm()
@@ -260,7 +260,7 @@ def test_decoding_once_is_one_step_of_the_codec(world: SimpleNamespace, exactly:
     torch.testing.assert_close(x_hat, ldm.decode(z_tilde))
     # the codec's last step ends a little short of "no noise left"
     torch.testing.assert_close(z_tilde[0], next(ldm.enhance(z_hat, captions, 60, 1, 5))[0], atol=0.15, rtol=0)
-    config = replace(TINY, t0_table=[[0.0, 100], [1.0, 0]])
+    config = replace(TINY, walks=[[0.0, 100, 4, 3], [0.4, 50, 1, 1], [0.9, 20, 0, 1]])  # the last takes no step
     assert training.start_times(config, torch.tensor([0.0, 0.5, 1.0])).tolist() == [100, 50, 0]
 
 
@@ -278,20 +278,25 @@ def test_the_diffusion_term_is_the_error_in_v(world: SimpleNamespace) -> None:
     torch.testing.assert_close(gradient, pull.detach(), atol=1e-6, rtol=1e-5)  # to z_tilde; nothing through the UNet
 
 
-def test_the_task_is_what_the_machine_misses(world: SimpleNamespace, exactly: None) -> None:
-    machine, labels = world.machine, torch.tensor([0, 1, 2])
+def test_the_task_is_what_the_teachers_miss(world: SimpleNamespace, exactly: None) -> None:
+    teachers, labels, errors = world.teachers, torch.tensor([0, 1, 2]), []
     x = torch.from_numpy(world.images[:3]).float() / 255
-    expected = F.cross_entropy(machine.net((x - machine.mean) / machine.std), labels, reduction="none")
-    torch.testing.assert_close(training.task_loss(machine, x, labels), expected)
-    assert training.task_loss(machine, x, labels, x).abs().max() == 0
-    seen: list[Tensor] = []
-    handle = machine.cam_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    machine(x), machine(x.flip(0)), handle.remove()
-    wanted, found = seen
-    other = training.task_loss(machine, x.flip(0), labels, x)
-    torch.testing.assert_close(other, (found - wanted).square().sum((1, 2, 3)) / wanted.square().sum((1, 2, 3)))
-    assert torch.equal(other, training.task_loss(machine, x.flip(0), labels.flip(0), x)), "no label is used"
-    assert wanted.ndim == 4 and not machine.cam_layer._forward_hooks
+    logits = [machine.net((x - machine.mean) / machine.std) for machine in teachers]
+    expected = torch.stack([F.cross_entropy(one, labels, reduction="none") for one in logits]).mean(0)
+    torch.testing.assert_close(training.task_loss(teachers, x, labels), expected)
+    plain = training.task_loss(teachers, x, torch.tensor([0, -1, 2]))
+    torch.testing.assert_close(plain, expected * torch.tensor([1, 0, 1])), "a picture without a known object"
+    assert training.task_loss(teachers, x, labels, x).abs().max() == 0
+    for machine in teachers:
+        seen: list[Tensor] = []
+        handle = machine.cam_layer.register_forward_hook(lambda _module, _inputs, output, to=seen: to.append(output))
+        machine(x), machine(x.flip(0)), handle.remove()
+        wanted, found = seen
+        errors.append((found - wanted).square().sum((1, 2, 3)) / wanted.square().sum((1, 2, 3)))
+        assert wanted.ndim == 4 and not machine.cam_layer._forward_hooks
+    other = training.task_loss(teachers, x.flip(0), labels, x)
+    torch.testing.assert_close(other, torch.stack(errors).mean(0))
+    assert torch.equal(other, training.task_loss(teachers, x.flip(0), labels.flip(0), x)), "no label is used"
 
 
 def test_views_are_moved_scaled_and_mirrored() -> None:

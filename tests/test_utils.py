@@ -181,6 +181,9 @@ def test_scales_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert Scale.from_name("own").compressor == f"own/{stage}"
     own = Scale.from_name("own")
     assert (own.name, own.ldm, own.machine_b, own.variant) == ("own", "own/ldm", "own/machine_b", None)
+    assert own.teachers == ["own/machine_a"] and own.machine_a2 is own.machine_c is own.machine_d is None
+    Path("own/machine_a2").mkdir()
+    assert Scale.from_name("own").teachers == ["own/machine_a", "own/machine_a2"] and len(PAPER.teachers) == 1
     Path("own/ldm/unet").mkdir(parents=True), Path("own/ldm/unet/x.fp16.safetensors").touch()
     assert Scale.from_name("own").variant == Scale.from_name("pocket").variant == "fp16"
     with pytest.raises(ValueError, match=r"unknown scale 'pockett'"):

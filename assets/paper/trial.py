@@ -40,7 +40,7 @@ from slimlib.data.scenes import PocketScenes
 from slimlib.entropy import RangeDecoder, RangeEncoder
 from slimlib.images import to_images, to_tensor
 from slimlib.ldm import LatentDiffusion
-from slimlib.machines import load_machine
+from slimlib.machines import Machine, load_machine
 from slimlib.measure.costs import Plan, as_text, build, decoding, published
 from slimlib.measure.costs import operations as counted_operations
 from slimlib.measure.doctor import free_memory
@@ -90,14 +90,14 @@ def check(scale: Scale, memory: float = 12.0, size: int = 256) -> float:
     clock(f"compress: {len(stream)} bytes, caption and all")
     assert codec.decompress(stream).size == image.size and codec.inspect(stream).size == len(stream)
     clock(f"decompress in {codec.inspect(stream).steps} steps")
-    ldm, machine, compressor, x = codec.ldm, codec.machine, codec.compressor, to_tensor(image)
+    ldm, machine, compressor, x = codec.ldm, load_machine(scale.machine_a, "cpu"), codec.compressor, to_tensor(image)
     del codec  # with the captioner: in training captions come from a cache
     z = ldm.encode(x)
     m = latent_mask(gradcam(machine, x), *z.shape[2:])[:, 0]
     config, before = Stage2Config(steps=1, batch=1, warmup=1), [p.detach().clone() for p in compressor.parameters()]
     with tempfile.TemporaryDirectory() as out:
         data = z.numpy(), m.numpy(), np.zeros(1, np.int64), ["a dog"]
-        after = train_stage2(config, *data, ldm, machine, out, compressor, progress=False, device="cpu").parameters()
+        after = train_stage2(config, *data, ldm, [machine], out, compressor, progress=False, device="cpu").parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the step changed nothing"
     peak = clock("one step of stage 2, batch 1")
     if peak > memory:
@@ -138,7 +138,8 @@ def measure(
                 network.compile()
         scenes, counted = [PocketScenes("test", size)[i] for i in range(batch)], operations(codec, size, steps)
         with tempfile.TemporaryDirectory() as folder:
-            for what, together, times, run in _runs(codec, scenes, steps, Path(folder), train=precision == "fp32"):
+            machine, train = load_machine(scale.machine_a, where), precision == "fp32"
+            for what, together, times, run in _runs(codec, machine, scenes, steps, Path(folder), train):
                 seconds, memory = _clock(where, run, repeats)
                 yield {
                     "what": what,
@@ -204,7 +205,7 @@ def measure_cpu(count: int = 8) -> dict[str, float]:
         )
         more: dict[str, Any] = {"compressor": start, "device": "cpu", "progress": False}
         clock("stage 1", one.steps, lambda: train_stage1(one, *data, folder / "one", **more))
-        labelled = *data, np.zeros(1, np.int64), ["a dog"], ldm, machine
+        labelled = *data, np.zeros(1, np.int64), ["a dog"], ldm, [machine]
         clock("stage 2", two.steps, lambda: train_stage2(two, *labelled, folder / "two", **more))
     return found
 
@@ -221,9 +222,11 @@ def operations(codec: SlimCodec, size: int, steps: Sequence[int]) -> dict[str, f
     return {}
 
 
-def _runs(codec: SlimCodec, scenes: list, steps: Sequence[int], folder: Path, train: bool) -> Iterator[tuple]:
+def _runs(
+    codec: SlimCodec, machine: Machine, scenes: list, steps: Sequence[int], folder: Path, train: bool
+) -> Iterator[tuple]:
     """Name of each job, pictures that go through together and in all, and the work."""
-    batch, ldm, machine, image = len(scenes), codec.ldm, codec.machine, scenes[0].image
+    batch, ldm, image = len(scenes), codec.ldm, scenes[0].image
     models: dict[str, Any] = {"ldm": ldm, "machine": machine, "captioner": codec.captioner}
 
     def look() -> None:
@@ -238,7 +241,7 @@ def _runs(codec: SlimCodec, scenes: list, steps: Sequence[int], folder: Path, tr
     if train:
         cache, end = Cache.open(folder / "cache"), (folder / "out", codec.compressor)
         one, two = (kind(steps=n, batch=batch) for kind, n in zip((Stage1Config, Stage2Config), TRAINED, strict=True))
-        data, more = (cache.latents, cache.masks), (cache.labels, cache.captions, ldm, machine)
+        data, more = (cache.latents, cache.masks), (cache.labels, cache.captions, ldm, [machine])
         limits: dict[str, Any] = {"device": ldm.device, "resume": False, "progress": False}
         yield "stage 1", batch, batch * one.steps, lambda: train_stage1(one, *data, *end, **limits)
         yield "stage 2", batch, batch * two.steps, lambda: train_stage2(two, *data, *more, *end, **limits)

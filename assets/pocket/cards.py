@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from slimlib.caption import Captioner
+from slimlib.compressor import LatentCompressor
 from slimlib.data.cache import Cache
 from slimlib.data.scenes import CLASSES, CUTOUTS, PocketScenes
 from slimlib.images import to_images
+from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine
 from slimlib.measure import methods
 from slimlib.measure.baselines import PixelCodec
-from slimlib.measure.evaluation import evaluate, summarise
-from slimlib.roi import gradcam, roi_crop
+from slimlib.measure.evaluation import evaluate, evaluate_latents, summarise
+from slimlib.roi import object_box, roi_crop
+from slimlib.utils import autocast
 
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CODED = 372
@@ -43,15 +49,33 @@ def hits(machine: Machine, x: Tensor, labels: Tensor) -> Tensor:
     return 100.0 * (machine(x.to(machine.mean.device)).argmax(1).cpu() == labels)
 
 
-def measure_machine(machine: Machine, cache: Cache) -> dict[str, float]:
-    """Top-1 on uncompressed scenes, seen and unseen cut-outs apart."""
-    top1 = each_scene(cache, lambda x, labels: {"hit": hits(machine, x, labels)}).hit
-    unseen = {(c.label, c.noun) for c in CUTOUTS if c.held_out}
-    which = ["unseen" if one in unseen else "seen" for one in zip(cache.labels.tolist(), cache.captions, strict=True)]
-    figures = {"test scenes": len(cache), "top-1": float(top1.mean())}
-    return figures | {
-        f"top-1, {kind} cut-outs ({len(of)} scenes)": float(of.mean()) for kind, of in top1.groupby(which)
-    }
+def measure_machine(machine: Machine, **splits: Cache) -> dict[str, float]:
+    """Top-1 on uncompressed scenes of each split."""
+    figures: dict[str, float] = {}
+    for name, cache in splits.items():
+        top1 = each_scene(cache, lambda x, labels: {"hit": hits(machine, x, labels)}).hit.mean()
+        figures |= {f"{name} scenes": len(cache), f"top-1 on {name} scenes [%]": float(top1)}
+    return figures
+
+
+def measure_finder(machine: Machine, **splits: Cache) -> dict[str, float]:
+    """Share of uncompressed scenes of each split where the box found has an IoU above one half with the object's."""
+    figures: dict[str, float] = {}
+    for name, cache in splits.items():
+        boxes = iter(torch.from_numpy(np.array(cache.boxes)))
+
+        def right(x: Tensor, labels: Tensor, boxes: Iterator[Tensor] = boxes) -> dict[str, Tensor]:
+            found, true = (
+                methods.find(machine, x.to(machine.mean.device)).cpu(),
+                torch.stack([next(boxes) for _ in labels]),
+            )
+            return {"hit": 100.0 * (box_iou(found, true).diagonal() > 0.5)}
+
+        figures |= {
+            f"{name} scenes": len(cache),
+            f"found in {name} scenes [%]": float(each_scene(cache, right).hit.mean()),
+        }
+    return figures
 
 
 def measure_vae(vae: nn.Module, machines: dict[str, Machine], cache: Cache) -> dict[str, float]:
@@ -69,37 +93,108 @@ def measure_vae(vae: nn.Module, machines: dict[str, Machine], cache: Cache) -> d
     return {"test scenes": len(cache), **each_scene(cache, figures).mean().to_dict()}
 
 
+def probe_ldm(
+    ldm: LatentDiffusion, machines: dict[str, Machine], cache: Cache, unet: nn.Module, text_encoder: nn.Module
+) -> dict[str, float]:
+    """Error in v on 248 validation latents at fixed times and noises, and what machines recognise in 124 drawings."""
+    ldm, rng, errors = copy.copy(ldm), np.random.default_rng(0), []
+    ldm.unet, ldm.text_encoder = unet, text_encoder
+    for at in range(0, min(248, len(cache)), 62):
+        z = torch.tensor(cache.latents[at : at + 62]).float().to(ldm.device)
+        t = torch.from_numpy(rng.integers(1, 1_000, len(z))).to(ldm.device)
+        noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(ldm.device)
+        words = [f"{cache.captions[i]} {cache.places[i]}" for i in range(at, at + len(z))]
+        with autocast(ldm.device, cpu=True):
+            z0, eps = ldm.predict(ldm.add_noise(z, t, noise), t, ldm.text(words))
+        abar = ldm.alpha_bar(t)
+        error = abar.sqrt() * (eps - noise) - (1 - abar).sqrt() * (z0 - z)
+        errors.append(error.square().mean((1, 2, 3)))
+    drawn = measure_ldm(ldm, machines, len(CLASSES))
+    return {"error in v": float(torch.cat(errors).mean()), **{k: v for k, v in drawn.items() if "%" in k}}
+
+
 @torch.no_grad()
 def measure_ldm(
-    folder: Path, machines: dict[str, Machine], count: int, device: torch.device, steps: int = 20, guidance: float = 4.0
+    ldm: LatentDiffusion, machines: dict[str, Machine], count: int, steps: int = 20, guidance: float = 4.0
 ) -> dict[str, Any]:
-    """How often the machines recognise what the stock pipeline draws from "a photo of <noun>", two of each cut-out."""
-    settings: dict[str, Any] = {"variant": "fp16", "dtype": torch.float32, "local_files_only": True}
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, **settings).to(device)
+    """How often machines recognise what the stock pipeline draws from "a photo of <noun>": known cut-outs, in turns."""
+    parts = {"vae": ldm.vae, "unet": ldm.unet, "text_encoder": ldm.text_encoder, "tokenizer": ldm.tokenizer}
+    more = dict.fromkeys(("safety_checker", "feature_extractor"))
+    pipeline = StableDiffusionPipeline(**parts, scheduler=ldm.scheduler, **more, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    wanted, parts = [c for c in CUTOUTS for _ in range(2)][:count], []
-    for at in range(0, len(wanted), 32):
-        some, noise = wanted[at : at + 32], torch.Generator().manual_seed(at)
+    known, tables = sorted((c for c in CUTOUTS if not c.held_out), key=lambda c: (c.file[-6], c.label)), []
+    wanted = (known * 2)[:count]
+    for at in range(0, len(wanted), 31):
+        some, noise = wanted[at : at + 31], torch.Generator().manual_seed(at)
         words, labels = [f"a photo of {c.noun}" for c in some], torch.tensor([c.label for c in some])
-        images = pipeline(words, None, None, steps, guidance_scale=guidance, generator=noise, output_type="pt").images
-        parts.append(pd.DataFrame({name: hits(one, images.float(), labels) for name, one in machines.items()}))
-    known = {f"recognised by {name} [%]": share for name, share in pd.concat(parts).mean().items()}
-    return {"pictures drawn": len(wanted), "steps": steps, "guidance": guidance, **known}
+        with autocast(ldm.device, cpu=True):
+            drawn = pipeline(words, None, None, steps, guidance_scale=guidance, generator=noise, output_type="pt")
+        tables.append(pd.DataFrame({name: hits(one, drawn.images.float(), labels) for name, one in machines.items()}))
+    shares = {f"drawings recognised by {name} [%]": share for name, share in pd.concat(tables).mean().items()}
+    return {"pictures drawn": len(wanted), "steps": steps, "guidance": guidance, **shares}
 
 
-def measure_captioner(captioner: Captioner, machine: Machine, cache: Cache) -> dict[str, Any]:
-    """Share of scenes whose caption names the class: from Grad-CAM crops, as the codec has them, and exact ones."""
-    masks = iter(torch.from_numpy(np.array(cache.masks)).float())
+@torch.no_grad()
+def own_maps(compressor: LatentCompressor, cache: Cache, factor: int = 4) -> Iterator[Tensor]:
+    """The compressor's own map of the region in each scene (1, H, W), each at a quality drawn at random."""
+    quality = torch.from_numpy(np.random.default_rng(0).random(len(cache), dtype=np.float32)).to(compressor.device)
+    for at in range(0, len(cache), 62):
+        z = torch.tensor(cache.latents[at : at + 62]).float().to(compressor.device)
+        maps = compressor.encoder(z, quality[at : at + 62])[2].sigmoid()
+        yield from F.interpolate(maps, scale_factor=factor, mode="bilinear").cpu()
+
+
+def look(captioner: Captioner, cache: Cache, compressor: LatentCompressor | None = None) -> pd.DataFrame:
+    """For each scene: hit, 100 where the caption of its crop names the class; chance, the caption's probability.
+
+    The crops are the codec's own; without a compressor the exact ones.
+    """
+    boxes = (object_box(one) for one in own_maps(compressor, cache)) if compressor else None
+    mattes = (torch.from_numpy(np.array(mask)).float() for mask in cache.masks)
 
     def figures(x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        said, cams = {}, gradcam(machine, x.to(machine.mean.device))
-        for name, maps in (("Grad-CAM", cams), ("exact", [next(masks) for _ in labels])):
-            texts = captioner.caption([roi_crop(image, m) for image, m in zip(to_images(x), maps, strict=True)])
-            right = [f" {CLASSES[label]} " in f" {text} " for text, label in zip(texts, labels, strict=True)]
-            said[f"names the class from the {name} crop [%]"] = 100.0 * torch.tensor(right)
-        return said
+        crops = [one.crop(next(boxes)) if boxes else roi_crop(one, next(mattes)) for one in to_images(x)]
+        texts, chances = zip(*captioner.describe(crops), strict=True)
+        named = [i >= 0 and f" {CLASSES[i]} " in f" {text} " for text, i in zip(texts, labels.tolist(), strict=True)]
+        return {"hit": 100.0 * torch.tensor(named), "chance": torch.tensor(chances)}
 
-    return {"test scenes": len(cache), **each_scene(cache, figures).mean().to_dict()}
+    return each_scene(cache, figures)
+
+
+def measure_captioner(captioner: Captioner, compressor: LatentCompressor, **splits: Cache) -> dict[str, Any]:
+    """Share of scenes whose caption names the class: from the codec's own crops, and from exact ones."""
+    figures: dict[str, Any] = {}
+    for split, cache in splits.items():
+        for kind, by in (("own", compressor), ("exact", None)):
+            hit = look(captioner, cache, by).hit.mean()
+            figures[f"names the class from the {kind} crop, {len(cache)} {split} scenes [%]"] = float(hit)
+    return figures
+
+
+def choose_floor(captioner: Captioner, compressor: LatentCompressor, *caches: Cache) -> tuple[float, dict[str, float]]:
+    """The probability below which a caption is not to be sent, and what it does.
+
+    Each right caption that is sent counts for it, each wrong one against it: on validation scenes, and on photographs
+    that show no known object, where every caption is wrong.
+    """
+    every = pd.concat([look(captioner, cache, compressor) for cache in caches])
+    every = every.sort_values("chance", ascending=False)
+    floor = float(every.chance.iloc[np.where(every.hit > 0, 1, -1).cumsum().argmax()])
+    sent = 100 * every.chance.ge(floor).groupby(every.hit > 0).mean()
+    names = {True: "right captions that are sent [%]", False: "wrong captions that are sent [%]"}
+    return floor, {names[right]: float(share) for right, share in sent.items()}  # type: ignore[index]
+
+
+def probe_compressor(
+    compressor: LatentCompressor, cache: Cache, ldm: LatentDiffusion | None, machines: dict[str, Machine]
+) -> dict[str, float]:
+    """Rate and error on 248 validation latents; and, with a diffusion model, what machines recognise."""
+    z, m, figures = cache.latents[:248], cache.masks[:248, None], {}
+    pictures = ldm and (ldm, machines, cache.captions[:248], cache.labels[:248])
+    for row in evaluate_latents(compressor, z, m, (0.0, 0.2, 0.4, 0.7, 1.0), pictures=pictures):
+        for name in ("bpp", "roi_mse", "background_mse", "roi_iou", *(machines if ldm else ())):
+            figures[f"{name} at {row['quality']:g}"] = row[name]
+    return figures
 
 
 def measure_slim(folder: Path, machines: dict[str, Machine], count: int) -> dict[str, Any]:
@@ -117,9 +212,9 @@ def measure_pixels(codec: PixelCodec, machines: dict[str, Machine], count: int) 
 
 def measure_codec(method: methods.Method, machines: dict[str, Machine], count: int) -> dict[str, Any]:
     """Rates, errors and what the machines see, by files of the first scenes that were written and read again."""
-    looking, count = {"a": machines["machine_a"], "b": machines["machine_b"]}, min(count, CODED)
+    looking, count = {name.removeprefix("machine_"): one for name, one in machines.items()}, min(count, CODED)
     table = summarise(evaluate(PocketScenes("test"), [(method, count)], looking, progress=False))
-    figures, columns = {}, ("bpp", "roi_bits", "roi_psnr", "background_psnr", "top1_a", "top1_b")
+    figures, columns = {}, ("bpp", "roi_bits", "roi_psnr", "background_psnr", *(f"top1_{name}" for name in looking))
     for row in table.to_dict("records"):
         figures |= {f"{column} at quality {row['quality']:g}": row[column] for column in columns}
     return {"test scenes": count, **figures}

@@ -46,13 +46,13 @@ ADAPTED = ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "conv1", "conv2"
 class OneStepConfig(FitConfig):
     """Settings of the distillation: those of the loop with other defaults, and of the walks."""
 
-    steps: int = option(800, "optimiser steps")
-    batch: int = option(8, "points of walks in each")
+    steps: int = option(4_000, "optimiser steps")
+    batch: int = option(32, "points of walks in each")
     lr: float = option(2e-3, "peak of the cosine rate")
-    warmup: int = option(10, "steps until the peak")
+    warmup: int = option(50, "steps until the peak")
     weight_decay: float = option(0.0, "AdamW's decay of the adapters")
     rank: int = option(4, "of the adapters")
-    walks: int = option(352, "scenes, and walks of the teacher, one for each")
+    walks: int = option(4_096, "scenes, and walks of the teacher, one for each")
     teacher_steps: int = option(20, "DDIM steps K of a walk")
     t_low: int = option(20, "lowest time that walks start from, drawn evenly")
     t_high: int = option(700, "highest time that walks start from")
@@ -86,12 +86,14 @@ def make_walks(
     rng, n, points = np.random.default_rng(config.seed), len(z), []
     quality, t0 = torch.from_numpy(rng.random(n)).float(), rng.integers(config.t_low, config.t_high + 1, n).tolist()
     told = ["" if u < config.drop_caption else words for u, words in zip(rng.random(n), captions, strict=True)]
-    for at in range(0, n, 8):
-        some = slice(at, at + 8)
+    for at in range(0, n, 64):
+        some = slice(at, at + 64)
         z_hat = compressor(z[some].float().to(ldm.device), quality[some].to(ldm.device))["z_hat"]
         seeds, times = list(range(at, at + len(z_hat))), torch.tensor(t0[some])
         start = ldm.add_noise(z_hat, times, ldm.noise(z_hat.shape, seeds))
-        walk = ldm.enhance(z_hat, told[some], t0[some], config.teacher_steps, seeds, compressor.config.guidance)
+        walk = ldm.enhance(
+            z_hat, told[some], t0[some], config.teacher_steps, seeds, compressor.config.walk(0.0).guidance
+        )
         points.append(torch.stack([start, *walk], 1).to("cpu", torch.float16))
     return Walks(torch.cat(points), torch.tensor([ldm.times(t, config.teacher_steps) for t in t0]), told)
 

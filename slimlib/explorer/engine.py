@@ -7,6 +7,7 @@ the finished picture. Whoever asks may stop listening at any of these points; th
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 from bisect import bisect_right
@@ -23,31 +24,28 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from slimlib.codec import SlimCodec, StreamReport
+from slimlib.data.imagenet import photo_machine
 from slimlib.data.scenes import CLASSES, PocketScenes
 from slimlib.images import as_rgb, to_images
 from slimlib.ldm import LatentDiffusion
-from slimlib.machines import Machine, load_machine
+from slimlib.machines import load_machine
 from slimlib.measure.baselines import SCALES, PixelCodec, decode_classic, downscale, encode_classic
-from slimlib.measure.evaluation import RESULTS, read_table
+from slimlib.measure.evaluation import RESULTS, WORDS, judged, read_table
 from slimlib.measure.methods import CLASSIC_NAMES, PIXEL_FOLDERS, SLIM_FOLDERS, open_codec
-from slimlib.measure.plots import COLOURS, PART_COLOURS
-from slimlib.roi import Box, roi_box
+from slimlib.measure.plots import COLOURS, PART_COLOURS, error_picture
+from slimlib.roi import Box, object_box
 from slimlib.scales import ASSETS, Scale
 from slimlib.stream import unpack
 
 WEIGHTS = {"stage 2": "SLIM", "stage 1": "SLIM, stage 1", "uniform": "SLIM, uniform weights"}
 """Weights to choose from, the best first, by their method's name in the evaluation."""
-RIVALS = ("jpeg", "webp", "avif")
-"""Classic codecs shown beside SLIM at the same number of bytes."""
-SHOWN = (*WEIGHTS.values(), "hyperprior", "JPEG", "WebP", "AVIF")
-"""Methods whose curves are drawn."""
-LONG_SIDE = 256
-"""Longest side, in pixels, at which a photograph is explored; the models know scenes of 128 px."""
-MAX_UPLOAD = 100_000_000
-"""Most pixels of a photograph that is decoded at all."""
+RIVALS = ("jpeg", "webp", "avif")  # classic codecs shown beside SLIM at the same number of bytes
+SHOWN = (*WEIGHTS.values(), "hyperprior", "JPEG", "WebP", "AVIF")  # methods whose curves are drawn
+LONG_SIDE = 256  # pixels, longest side at which a photograph is explored; the models know scenes of 128 px
+MAX_UPLOAD = 100_000_000  # most pixels of a photograph that is decoded at all
 
 Guesses = dict[str, list[tuple[str, float]]]
-"""What the machines ("A", "B") see: each one's five likeliest classes with their probabilities."""
+"""What the machines see (teacher "A", judges "B", "C"; "T", ImageNet's): the five likeliest classes of each."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Source:
     name: str  # of the scene, or of the photograph's file
     image: Image.Image  # RGB
     marked: Image.Image  # with what `roi_picture` draws into it
-    truth: str | None  # the right class of a scene; None for a photograph
+    truth: str  # the right class of a scene; "" for a photograph
     caption: str  # the captioner's words
     guesses: Guesses  # what the machines see in the picture itself
     note: str = ""  # what was done to a photograph on its way in
@@ -109,20 +107,22 @@ class Explorer:
     """Models and pictures behind the page. One thread at a time may ask for answers."""
 
     def __init__(self, folder: str | Path = ASSETS / "pocket") -> None:
-        """Load what every answer needs from a folder like assets/pocket; other weights follow when they are chosen.
+        """Load what every answer needs from a folder like assets/pocket (ValueError if it holds no models).
 
-        Raises:
-            ValueError, FileNotFoundError: the folder holds no models.
+        Other weights follow when they are chosen.
         """
         self.folder = Path(folder)
         self._codecs: dict[str, SlimCodec] = {}
         self._sources: dict[int, Source] = {}
         self.weights = [name for name, method in WEIGHTS.items() if (self.folder / SLIM_FOLDERS[method]).is_dir()]
-        """Those of WEIGHTS that are there."""
         pixels = {name: self.folder / sub for name, sub in PIXEL_FOLDERS.items() if (self.folder / sub).is_dir()}
         self.pixel_codecs = {name: PixelCodec.from_pretrained(home, "cpu") for name, home in pixels.items()}
         scale, first = Scale.from_name(self.folder), self.codec(self.weights[0])
-        self.machines: dict[str, Machine] = {"A": first.machine, "B": load_machine(scale.machine_b, first.ldm.device)}
+        names = {"A": scale.machine_a, "B": scale.machine_b, "C": scale.machine_c}
+        self.machines = {letter: load_machine(name, first.ldm.device) for letter, name in names.items() if name}
+        self.photo_machines = self.machines
+        with contextlib.suppress(ImportError):  # T comes with the extra `photos`
+            self.photo_machines = self.machines | {"T": photo_machine(first.ldm.device)}
         self.scenes = PocketScenes("test", scale.size)
         self._trial = functools.lru_cache(1024)(self.compress)  # the search for a size begins alike for all sizes
         self._rival = functools.lru_cache(256)(self._rival)  # type: ignore[method-assign]  # most moves keep the size
@@ -133,8 +133,8 @@ class Explorer:
         """A test scene. Raises IndexError if there is none of that number."""
         if index not in self._sources:
             scene = self.scenes[index]
-            name = f"{index}: {scene.noun}"
-            self._sources[index] = self._source(name, scene.image, scene.matte, CLASSES[scene.label])
+            known = scene.image, scene.matte, CLASSES[scene.label]
+            self._sources[index] = self._source(f"{index}: {scene.noun}", *known)
         return self._sources[index]
 
     def photo(self, data: bytes, name: str) -> Source:
@@ -160,52 +160,42 @@ class Explorer:
         """The file: to the byte what `code` makes, for `size` at the quality that is found."""
         if settings.size:
             free = replace(settings, size=None)
-            return largest_within(
-                lambda step: self._trial(replace(free, quality=step / 255), photo), 255, settings.size
-            )
+            return largest_within(lambda q: self._trial(replace(free, quality=q / 255), photo), 255, settings.size)
         source = photo or self.scene(settings.scene)
-        caption = source.caption if settings.caption == "auto" else settings.caption
-        codec = self.codec(settings.weights)
-        return codec.compress(source.image, settings.quality, caption, settings.steps, settings.seed, settings.t0)
+        how = settings.quality, settings.caption, settings.steps, settings.seed, settings.t0
+        return self.codec(settings.weights).compress(source.image, *how)
 
     def look(self, settings: Settings, photo: Source | None = None) -> Iterator[View]:
         """Compress and decode, in stages: bytes and the picture before the UNet, each step, the finished picture.
 
-        A photo is explored in place of the scene.
-
-        Raises:
-            ValueError: the codec refuses a setting, such as a caption that is too long.
+        A photo is explored in place of the scene. ValueError where the codec refuses a setting, such as a long caption.
         """
         yield from self._decode(self.compress(settings, photo), settings, photo or self.scene(settings.scene))
 
     def open_stream(self, stream: bytes) -> Iterator[View]:
-        """The same stages for a .slim file from elsewhere, of any weights that are here.
-
-        Raises:
-            StreamError: the file is damaged, or of other weights.
-        """
+        """The same stages for a .slim file from elsewhere; StreamError if it is damaged, or of weights not here."""
         wanted = unpack(stream)[0].fingerprint
         weights = next((w for w in self.weights if self.codec(w).fingerprint == wanted), self.weights[0])
         yield from self._decode(stream, Settings(weights=weights))
 
     def rivals(self, source: Source, size: int | None, names: Iterable[str] = RIVALS) -> Iterator[Rival]:
         """What others make of at most `size` bytes: classic codecs, and those of `pixel_codecs`."""
-        for name in names:
-            yield self._rival(source, size or 0, name)
+        return (self._rival(source, size or 0, name) for name in names)
 
     def constants(self) -> dict[str, Any]:
         """What viewer.js draws whatever the answer: machines, colours, curves of notebook 07 if they are there."""
-        known: dict[str, Any] = {"machines": list(self.machines), "colours": COLOURS | PART_COLOURS}
+        known: dict[str, Any] = {"machines": list(self.photo_machines), "colours": COLOURS | PART_COLOURS}
         if not (RESULTS / "evaluation.csv").is_file():
             return known | {"curves": {}, "lines": {}}
         table = read_table(RESULTS / "evaluation.csv")
-        label = table[(table.method == "uncompressed") & (table.variant == "")].top1_a.iloc[0]
-        points = {name: of[["bpp", "top1_b"]].round(4).to_numpy().tolist() for name, of in curves_of(table).items()}
-        return known | {"curves": points, "lines": {"label only": float(label)}}
+        points = {n: np.c_[of.bpp, judged(of)].round(4).tolist() for n, of in curves_of(table).items()}
+        said = table[table.method.isin(WORDS)]
+        return known | {"curves": points, "lines": dict(zip(said.method, judged(said), strict=True))}
 
-    def guess(self, image: Image.Image) -> Guesses:
-        """What both machines see."""
-        return {name: machine.top5(image) for name, machine in self.machines.items()}
+    def guess(self, image: Image.Image, scene: bool = True) -> Guesses:
+        """What the machines see; in a picture that is of no scene an ImageNet network, too, where there is one."""
+        machines = self.machines if scene else self.photo_machines
+        return {name: machine.top5(image) for name, machine in machines.items()}
 
     def code(self, settings: Settings, photo: Source | None = None) -> str:
         """Lines of Python that make the very same file, without the explorer."""
@@ -227,11 +217,12 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
 
     # ---- helpers
 
-    def _source(
-        self, name: str, image: Image.Image, matte: np.ndarray | None = None, truth: str | None = None
-    ) -> Source:
-        cam, words = self.codec(self.weights[0]).look(image)
-        return Source(name, image, roi_picture(image, roi_box(cam), matte), truth, words, self.guess(image))
+    def _source(self, name: str, image: Image.Image, matte: np.ndarray | None = None, truth: str = "") -> Source:
+        codec = self.codec(self.weights[0])
+        cam, words = codec.look(image, codec.encode(image), 0.5)
+        return Source(
+            name, image, roi_picture(image, object_box(cam), matte), truth, words, self.guess(image, bool(truth))
+        )
 
     @torch.inference_mode()
     def _decode(self, stream: bytes, settings: Settings, source: Source | None = None) -> Iterator[View]:
@@ -245,16 +236,17 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
         z, step, before = item.z_hat, 0, picture(item.z_hat)
         bits = bits_picture(source.image if source else before, report.bit_map, codec.ldm.factor * 2**config.stages)
         pictures = {"bits": bits, "before": before} | ({"original": source.marked} if source else {})
-        guesses = {"before": self.guess(before)}
+        scene = bool(source and source.truth)
+        guesses = {"before": self.guess(before, scene)}
         view = View(source, settings, stream, report, pictures, guesses)
         yield view
         words, start = [report.caption or ""], (report.t0, report.steps, report.seed)
-        walk = codec.ldm.enhance(item.z_hat, words, *start, config.guidance, batched=True)
+        walk = codec.ldm.enhance(item.z_hat, words, *start, config.walk(report.quality).guidance, batched=True)
         for step, z in enumerate(walk, 1):  # noqa: B007 (the last one is looked at)
             yield replace(view, step=step)
         after = picture(z) if step else before
         pictures = pictures | {"after": after} | ({"error": error_picture(source.image, after)} if source else {})
-        guesses = guesses | {"after": self.guess(after) if step else guesses["before"]}
+        guesses = guesses | {"after": self.guess(after, scene) if step else guesses["before"]}
         yield replace(view, pictures=pictures, guesses=guesses, step=step)
 
     def _rival(self, source: Source, size: int, name: str) -> Rival:
@@ -263,7 +255,9 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
             image = codec.decompress(data)
         else:
             data, image = _classic_within(source.image, name, size)
-        return Rival(CLASSIC_NAMES.get(name, name), len(data), len(data) <= size, image, self.guess(image))
+        return Rival(
+            CLASSIC_NAMES.get(name, name), len(data), len(data) <= size, image, self.guess(image, bool(source.truth))
+        )
 
 
 def _remember_latent(ldm: LatentDiffusion) -> None:
@@ -280,11 +274,7 @@ def _remember_latent(ldm: LatentDiffusion) -> None:
 
 
 def open_photo(data: bytes, name: str = "the file") -> Image.Image:
-    """A photograph as the explorer takes it: upright RGB, scaled down to at most LONG_SIDE pixels along its sides.
-
-    Raises:
-        ValueError: the file's bytes are no picture, a damaged one, or one of more than MAX_UPLOAD pixels.
-    """
+    """A photograph as the explorer takes it, by `as_rgb`: its sides scaled down to at most LONG_SIDE pixels."""
     return as_rgb(data, MAX_UPLOAD, name, LONG_SIDE)
 
 
@@ -304,11 +294,9 @@ def _classic_within(image: Image.Image, codec: str, size: int) -> tuple[bytes, I
         error = np.asarray(file[1], np.float64) - np.asarray(image, np.float64)
         return max(0, len(file[0]) - size), float((error**2).mean())
 
-    files = []
-    for scale in SCALES:
-        data = largest_within(functools.partial(encode_classic, downscale(image, scale), codec), 100, size)
-        files.append((data, decode_classic(data, image.size)))
-    return min(files, key=cost)
+    encoders = (functools.partial(encode_classic, downscale(image, scale), codec) for scale in SCALES)
+    files = (largest_within(encode, 100, size) for encode in encoders)
+    return min(((data, decode_classic(data, image.size)) for data in files), key=cost)
 
 
 def data_url(image: Image.Image, **how: Any) -> str:
@@ -325,7 +313,7 @@ def first_of(guesses: Guesses) -> dict[str, tuple[str, float]]:
 
 def curves_of(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     """The curves of SHOWN that are in a table such as assets/results/evaluation.csv, by rate."""
-    plain = table[table.variant.fillna("") == ""].sort_values("bpp")
+    plain = table[table.variant == ""].sort_values("bpp")
     curves = {name: plain[plain.method == name] for name in SHOWN}
     return {name: curve for name, curve in curves.items() if len(curve) > 1}
 
@@ -334,12 +322,9 @@ def curves_of(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
 
 
 def roi_picture(image: Image.Image, box: Box, matte: np.ndarray | None = None) -> Image.Image:
-    """A picture, twice as large, with the box that the captioner sees (orange) and the object's outline.
+    """An RGB picture, twice as large, with the box that the captioner sees (orange).
 
-    Args:
-        image: RGB.
-        box: in pixels of the picture.
-        matte: (H, W) in [0, 1] where the outline is known: it is drawn white in black.
+    Where the matte (H, W) in [0, 1] is known, the object's outline is drawn, too, white in black.
     """
     large = image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
     if matte is not None:
@@ -355,18 +340,10 @@ def roi_picture(image: Image.Image, box: Box, matte: np.ndarray | None = None) -
 def bits_picture(image: Image.Image, bit_map: np.ndarray, cell: int) -> Image.Image:
     """Where the latent's bits went, over the picture in grey: from black (none) to yellow (most of this file).
 
-    Args:
-        image: RGB.
-        bit_map: bits of each cell, (rows, columns).
-        cell: pixels along a cell's side; cells may reach over the picture's right and lower edge.
+    `bit_map` holds the bits of each cell, (rows, columns), of `cell` pixels a side; cells may reach over the picture's
+    right and lower edge.
     """
     share = bit_map / max(float(bit_map.max()), 1e-9)
     heat = Image.fromarray((255 * matplotlib.colormaps["inferno"](share)[..., :3]).astype(np.uint8))
     heat = heat.resize((heat.width * cell, heat.height * cell), Image.Resampling.NEAREST).crop((0, 0, *image.size))
     return Image.blend(image.convert("L").convert("RGB"), heat, 0.55)
-
-
-def error_picture(original: Image.Image, decoded: Image.Image, full: float = 0.25) -> Image.Image:
-    """Absolute error, mean of the three colours: black is none, white is `full` of the range or more."""
-    difference = np.abs(np.asarray(original, np.float64) - np.asarray(decoded, np.float64)).mean(2) / 255
-    return Image.fromarray((255 * (difference / full).clip(0, 1)).round().astype(np.uint8)).convert("RGB")

@@ -27,18 +27,16 @@ from PIL import Image
 from slimlib.explorer.engine import RIVALS, Explorer, Guesses, Rival, Settings, Source, View, data_url, first_of
 from slimlib.measure.methods import CLASSIC_NAMES
 
-THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)
-"""Test scenes in the strip."""
-SIZES = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)
-"""Bytes on the main slider."""
+THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)  # test scenes in the strip
+SIZES = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)  # bytes on the main slider
 PHOTO = "These models know {} things, and take whatever they see for one of them. A link does not hold a photograph."
+PHOTO_MACHINE = " Machine T is an ImageNet network of 1,000 classes, which has seen no picture of this project."
 OPENED = (
     "Decoded from the file alone: there is no original. The controls show what the file says; as soon as one is moved, "
     "they are about the scene again."
 )
 OBJECT = "object and crop"
-OVER = {"nothing": "", "where the bits went": "bits", "error": "error"}
-"""What may lie over the picture, and its name in `View.pictures`."""
+OVER = {"nothing": "", "where the bits went": "bits", "error": "error"}  # what may lie over it, in `View.pictures`
 HERE = Path(__file__).parent
 
 
@@ -68,9 +66,7 @@ class Page:
     def __init__(self, explorer: Explorer | None = None, **wanted: Any) -> None:
         """Build the page with a first answer in it; what the rivals make of it follows.
 
-        Args:
-            explorer: the models; those that are shipped if None.
-            wanted: values for some of the controls.
+        Without an explorer it loads the models that are shipped; `wanted` are values for some of the controls.
         """
         self.photo: Source | None = None
         self.view: View | None = None
@@ -108,9 +104,9 @@ class Page:
         """What the controls say."""
         values = {name: control.value for name, control in self.controls.items()}
         words = {"automatic": "auto", "none": ""}.get(values["caption"], values["words"])
-        t0 = None if values["auto_t0"] else values["t0"]
-        same = {name: values[name] for name in ("scene", "steps", "weights", "seed", "size")}
-        return Settings(**same, caption=words, t0=t0)
+        walk = {} if values["auto"] else {name: values[name] for name in ("t0", "steps")}
+        same = {name: values[name] for name in ("scene", "weights", "seed", "size")}
+        return Settings(**same, **walk, caption=words)
 
     def wait(self, timeout: float = 60) -> bool:
         """Until what was asked is answered, the other codecs too; for scripts. False if that takes longer."""
@@ -134,7 +130,8 @@ class Page:
                 is_flag = isinstance(control.value, bool)
                 control.value = str(value) == "True" if is_flag else type(control.value)(value)
         self._quiet = before
-        self.controls["t0"].disabled = self.controls["auto_t0"].value
+        for name in ("t0", "steps"):
+            self.controls[name].disabled = self.controls["auto"].value
 
     def _changed(self, change: Any) -> None:
         """A hand moved a control."""
@@ -158,7 +155,7 @@ class Page:
     def _address(self) -> None:
         """The link to what is shown; there is none to a photograph."""
         values = {name: control.value for name, control in self.controls.items()}
-        usual = {"t0": values["auto_t0"], "words": values["caption"] != "typed"}
+        usual = {"t0": values["auto"], "steps": values["auto"], "words": values["caption"] != "typed"}
         if not self.photo:
             self.picture.query = urlencode({name: value for name, value in values.items() if not usual.get(name)})
 
@@ -255,13 +252,13 @@ class Page:
             size = min(SIZES, key=lambda size: abs(size - report.size))
             caption = "typed" if report.caption else "none"
             told = {name: getattr(report, name) for name in ("steps", "t0", "seed")} | {"words": report.caption or ""}
-            self._move({**told, "size": size, "caption": caption, "auto_t0": False, "weights": view.settings.weights})
+            self._move({**told, "size": size, "caption": caption, "auto": False, "weights": view.settings.weights})
         if pinned:
             self.rows["pinned"] = pinned
         elif self.controls["left"].value == "pinned":
             self._move({"left": "original"})
-        if self.controls["auto_t0"].value:
-            self._move({"t0": report.t0})
+        if self.controls["auto"].value:
+            self._move({"t0": report.t0, "steps": report.steps})
         if self.controls["caption"].value != "typed":
             self._move({"words": report.caption or ""})
         self._draw()
@@ -270,35 +267,31 @@ class Page:
         """Hand what is known to the JavaScript."""
         assert self.view
         view, report, source = self.view, self.view.report, self.view.source
-        rows = {
-            name: {"name": name, "bytes": size, "seen": seen and first_of(seen)}
-            for name, (size, seen, _) in self.rows.items()
-        }
+        rows = {n: {"name": n, "bytes": b, "seen": seen and first_of(seen)} for n, (b, seen, _) in self.rows.items()}
         scene = source if source and source.truth else None
 
         def side(name: str) -> dict[str, Any] | None:
             image = self.rows.get(name, (0, None, None))[2]
             return {**rows[name], "url": _url(image)} if image else None
 
-        over = view.pictures.get(OVER[self.controls["over"].value])
-        self.picture.shown = {
-            "left": side(self.controls["left"].value),
-            "right": side("SLIM"),
-            "over": over and {"name": self.controls["over"].value, "url": _url(over)},
-        }
-        said = [f"{report.size} bytes, {report.bpp:.3f} bits per pixel, "]
-        said += [f"“{report.caption}”, " if report.caption else "no caption, "]
-        said += [f"t0 = {report.t0}, K = {report.steps}. " if report.t0 and report.steps else "no UNet. "]
+        left, lies = (self.controls[name].value for name in ("left", "over"))
+        image = view.pictures.get(OVER[lies])
+        over = {"name": lies, "url": _url(image)} if image else None
+        self.picture.shown = {"left": side(left), "right": side("SLIM"), "over": over}
+        said = f"{report.size} bytes, {report.bpp:.3f} bits per pixel, "
+        said += f"“{report.caption}”, " if report.caption else "no caption, "
+        said += f"t0 = {report.t0}, K = {report.steps}. " if report.t0 and report.steps else "no UNet. "
         if not source:
-            said.append(OPENED)
+            said += OPENED
         elif not scene:
-            said.append(f"{source.note}. {PHOTO.format(len(self.explorer.machines['A'].classes))}")
+            said += f"{source.note}. {PHOTO.format(len(self.explorer.machines['A'].classes))}"
+            said += PHOTO_MACHINE if "T" in self.explorer.photo_machines else ""
         settings = replace(view.settings, quality=round(report.quality, 4))
         name = f"scene{settings.scene}" if scene else source.name if source else "opened"
         self.facts.shown = {
             "title": scene.name.partition(": ")[2] if scene else source.name if source else self._opened,
             "truth": scene and scene.truth,
-            "summary": "".join(said),
+            "summary": said,
             "parts": {part: round(bits / 8, 1) for part, bits in report.bits.items()},
             "bpp": report.bpp if scene else None,
             "rows": [row for name, row in rows.items() if name != OBJECT],
@@ -312,16 +305,13 @@ class Page:
 
     def _build(self) -> None:
         """All controls and places, and how they stand together."""
-        pictures = []
-        for index in THUMBNAILS:
-            scene = self.explorer.scenes[index]
-            pictures.append((index, scene.noun, _url(scene.image.resize((64, 64), Image.Resampling.LANCZOS))))
+        scenes, size = [(index, self.explorer.scenes[index]) for index in THUMBNAILS], (64, 64)
+        pictures = [(i, s.noun, _url(s.image.resize(size, Image.Resampling.LANCZOS))) for i, s in scenes]
         self.scenes = Viewer(part="scenes", shown={"pictures": pictures, "on": None})
         self.picture = Viewer(part="picture")
         self.facts = Viewer(part="facts", known=self.explorer.constants())
         for viewer in (self.scenes, self.picture, self.facts):
             viewer.on_msg(self._said)
-        usual = self.explorer.codec(self.explorer.weights[0]).compressor.config
         sizes = [(f"{size} bytes", size) for size in SIZES]
         self.controls: dict[str, Any] = {
             "size": widgets.SelectionSlider(options=sizes, value=64, description="Size of the file, at most"),
@@ -330,9 +320,9 @@ class Page:
             "caption": _choice("Caption that is sent", "automatic", "none", "typed"),
             "words": widgets.Text(placeholder="type a caption, even a wrong one", description="words"),
             "weights": _choice("Weights", *self.explorer.weights),
-            "steps": widgets.IntSlider(usual.steps, max=20, description="steps K"),
+            "steps": widgets.IntSlider(max=20, description="steps K"),
             "t0": widgets.IntSlider(max=999, description="t0"),
-            "auto_t0": widgets.Checkbox(True, description="t0 follows the quality", indent=False),
+            "auto": widgets.Checkbox(True, description="t0 and K follow the quality", indent=False),
             "seed": widgets.BoundedIntText(max=2**32 - 1, description="seed"),
             "scene": widgets.BoundedIntText(43, max=len(self.explorer.scenes) - 1, description="scene"),
         }
@@ -345,10 +335,10 @@ class Page:
         reset.on_click(lambda _: self.follow(""))
         said = "SLIM compresses a picture for a classifier. Slide the size of its file; drag the line in the picture."
         head = widgets.HTML(f"<h1>What does the machine still see?</h1> {said}")
-        size, left, over, caption, words, weights, steps, t0, auto_t0, seed, scene = self.controls.values()
+        size, left, over, caption, words, weights, steps, t0, auto, seed, scene = self.controls.values()
         stage = _box("stage", _box("rate", size), self.picture)
         compared = left, over, caption, _box("row", words, pin, reset), weights
-        repair = _box("row number", steps, t0, auto_t0, seed)
+        repair = _box("row number", steps, t0, auto, seed)
         files = _box("row number", scene, self.camera, self.opener)
         side = _box("side", *compared, repair, files, self.facts)
         self.box = _box("slim", head, self.scenes, _box("main", stage, side))
@@ -380,7 +370,7 @@ class Newest:
     """
 
     def __init__(self, deliver: Callable[[int, Any], None]) -> None:
-        """Args: `deliver` gets a job's number and a result, or the exception that ended it, in the worker's thread."""
+        """`deliver` gets a job's number and a result, or the exception that ended it, in the worker's thread."""
         self._deliver, self.newest = deliver, 0
         # A new thread computes with as many threads as any other one has asked for last.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))

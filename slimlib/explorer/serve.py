@@ -43,9 +43,7 @@ KERNELS = (
 class Options:  # `utils.option` would import torch, which the server can do without: its kernels compute
     port: int = field(default=8866, metadata={"help": "of the page"})
     browser: bool = field(default=True, metadata={"help": "open the page in a browser"})
-    static: Path | None = field(
-        default=None, metadata={"help": "write the static explorer to this file, and serve nothing"}
-    )
+    static: Path | None = field(default=None, metadata={"help": "write the static explorer here, and serve nothing"})
     benchmark: bool = field(default=False, metadata={"help": "measure, and serve nothing"})
     moves: int = field(default=100, metadata={"help": "slider moves of the benchmark"})
 
@@ -84,10 +82,8 @@ def serve(port: int, browser: bool) -> None:
         # Voila finds templates there, and this Python's own kernel before anybody else's.
         os.environ |= {"JUPYTER_PATH": folder, "JUPYTER_PREFER_ENV_PATH": "1"}
         options = [str(page), f"--port={port}", "--Voila.ip=127.0.0.1", "--template=explorer", *KERNELS]
-        Voila.launch_instance(
-            options + ([] if browser else ["--no-browser"]),
-            tornado_settings=SERVER | {"static_path": DEFAULT_STATIC_FILES_PATH},
-        )
+        options += [] if browser else ["--no-browser"]
+        Voila.launch_instance(options, tornado_settings=SERVER | {"static_path": DEFAULT_STATIC_FILES_PATH})
 
 
 def benchmark(moves: int) -> None:
@@ -103,6 +99,6 @@ def benchmark(moves: int) -> None:
         page.wait()
         times.append([1000 * page.answered["before"], 1000 * page.answered["after"]])
     (first, finished), (late, last) = np.percentile(times, [50, 95], axis=0)
-    print(f"{len(times)} moves of the slider, K = {page.settings.steps}")
+    print(f"{len(times)} moves of the slider")
     print(f"first picture and bytes: median {first:.0f} ms, 95th percentile {late:.0f} ms")
     print(f"finished picture: median {finished:.0f} ms, 95th percentile {last:.0f} ms")

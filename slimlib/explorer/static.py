@@ -18,8 +18,7 @@ from slimlib.measure.evaluation import RESULTS, read_table
 from slimlib.utils import write_file
 
 QUALITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-CHOICE = 0.4
-"""Quality at which successes and failures are counted for the choice of the scenes."""
+CHOICE = 0.4  # quality at which successes and failures are counted for the choice of the scenes
 
 
 def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualities: Sequence[float] = QUALITIES) -> str:
@@ -37,26 +36,20 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
     rule = (
         f"The {count} pictures: in an order drawn by seed 0, the first {right} test scenes that machine B classifies "
         f"correctly at quality {CHOICE:g}, and the first {count - right} that it does not, as in the whole table "
-        f"({100 * share:.0f}% of {int(rates.scenes.max())}). Machine A was listened to in training, machine B was not."
+        f"({100 * share:.0f}% of {int(rates.scenes.max())}). Machine A was listened to in training; B and C were not."
     )
     chosen, scenes = _choose(explorer, settings, count, right), []
     for i, index in enumerate(tqdm(chosen, unit="scene")):
         wrong = explorer.scene(chosen[i - 1]).caption  # of the scene before: another object
         scenes.append(_scene(explorer, replace(settings, scene=index), wrong, qualities))
-    data: dict[str, Any] = explorer.constants() | {
-        "qualities": qualities,
-        "side": explorer.scenes.size,
-        "scenes": scenes,
-    }
+    data = explorer.constants() | {"qualities": qualities, "side": explorer.scenes.size, "scenes": scenes}
     here = Path(__file__).parent
-    texts = {name: (here / file).read_text() for name, file in FILES.items()}
+    files = {"css": "look.css", "viewer": "viewer.js", "script": "static.js"}
+    texts = {name: (here / file).read_text() for name, file in files.items()}
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     page = jinja2.Template((here / "static.html").read_text()).render(**texts, data=text, rule=rule)
     write_file(out, page.encode())
     return rule
-
-
-FILES = {"css": "look.css", "viewer": "viewer.js", "script": "static.js"}
 
 
 def _choose(explorer: Explorer, settings: Settings, count: int, right: int) -> list[int]:
@@ -83,22 +76,15 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
             *_, views[kind] = explorer.look(replace(settings, quality=quality, caption=text))
         view = views["right"]
         rivals = list(explorer.rivals(source, view.report.size))
-        step: dict[str, Any] = {
-            "before": first_of(view.guesses["before"]),
-            "bits": view.report.bit_map.round(1).tolist(),
-        }
+        row: dict[str, Any] = {"before": first_of(view.guesses["before"])}
+        row["bits"] = view.report.bit_map.round(1).tolist()
         for kind, one in views.items():
             parts = {part: round(bits / 8, 1) for part, bits in one.report.bits.items()}
-            step[kind] = {"bytes": one.report.size, "parts": parts, "seen": first_of(one.guesses["after"])}
-        step["rivals"] = [
-            {"name": r.name, "bytes": r.size, "fits": r.fits, "seen": first_of(r.guesses)} for r in rivals
-        ]
-        pictures += [
-            view.pictures["before"],
-            *(one.pictures["after"] for one in views.values()),
-            *(r.image for r in rivals),
-        ]
-        steps.append(step)
+            row[kind] = {"bytes": one.report.size, "parts": parts, "seen": first_of(one.guesses["after"])}
+        row["rivals"] = [{"name": r.name, "bytes": r.size, "fits": r.fits, "seen": first_of(r.guesses)} for r in rivals]
+        after = [one.pictures["after"] for one in views.values()]
+        pictures += [view.pictures["before"], *after, *(r.image for r in rivals)]
+        steps.append(row)
     name = source.name.partition(": ")[2]
     known = {"name": name, "truth": source.truth, "words": words, "seen": first_of(source.guesses), "steps": steps}
     return known | {"sprite": _sprite(pictures)}

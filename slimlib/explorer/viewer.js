@@ -103,15 +103,15 @@ function factsView(root, known) {
     const rates = Object.values(known.curves).flat().map(([rate]) => rate), low = Math.min(...rates), high = Math.max(...rates);
     const x = (rate) => 34 + (320 * Math.log(rate / low)) / Math.log(high / low), y = (share) => 190 - 1.75 * share;
     const level = (v, words) => `<path d="M34 ${y(v)}H354" stroke="#ddd"/><text x="30" y="${y(v) + 3}" text-anchor="end">${words}</text>`;
-    const dashed = ([name, v]) => `<path d="M34 ${y(v)}H354" stroke="#1a1a1a" stroke-dasharray="3 3"/><text x="352" y="${y(v) - 3}" text-anchor="end">${name}</text>`;
+    const dashed = ([name, v], i) => `<path d="M34 ${y(v)}H354" stroke="#1a1a1a" stroke-dasharray="3 3"/><text x="37" y="${y(v) + (i ? 10 : -3)}">${name}</text>`;
     const line = ([name, points]) => `<polyline fill="none" stroke-width="2" stroke="${known.colours[name]}" points="${points.map(([r, a]) => `${x(r)},${y(a)}`)}"/>`;
     const ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1].filter((v) => v > low && v < high);
     const here = x(Math.min(high, Math.max(low, bpp)));
     svg.innerHTML = [...[0, 25, 50, 75, 100].map((v) => level(v, v)), ...Object.entries(known.lines).map(dashed),
       ...ticks.map((v) => `<text x="${x(v)}" y="203" text-anchor="middle">${v}</text>`), ...Object.entries(known.curves).map(line),
       `<path class="here" d="M${here} 15V190" stroke="#1a1a1a"/>`, '<text x="194" y="217" text-anchor="middle">Bit-rate [bpp]</text>',
-      '<text x="34" y="8">Top-1 of machine B [%]</text>'].join("");
-    svg.setAttribute("aria-label", `Accuracy of machine B over the bit-rate; this file has ${bpp.toFixed(3)} bits per pixel`);
+      '<text x="34" y="8">Top-1 of the judges [%]</text>'].join("");
+    svg.setAttribute("aria-label", `Accuracy of the judges (mean) over the bit-rate; this file has ${bpp.toFixed(3)} bits per pixel`);
     about.innerHTML = `${Object.keys(known.curves).map(colour).join(" ")}. Over many test scenes; the line marks this file's rate.`;
   }
 
@@ -121,8 +121,9 @@ function factsView(root, known) {
     parts.innerHTML = spent.map(([name, count]) => `<i style="flex:${count};background:${known.colours[name]}"></i>`).join("");
     key.innerHTML = `bytes: ${spent.map(([name, count]) => `${colour(name)} ${count}`).join(" ")}`;
     const cell = (seen, machine) => `<td>${seen ? first(seen[machine], truth) : "…"}</td>`;
-    table.innerHTML = `<thead><tr><th>bytes</th><th></th>${known.machines.map((m) => `<th>machine ${m}</th>`).join("")}</tr></thead>` +
-      rows.map(({ name, bytes, seen }) => `<tr><td>${bytes}</td><th>${safe(name)}</th>${known.machines.map((m) => cell(seen, m)).join("")}</tr>`).join("");
+    const who = known.machines.filter((m) => rows.some(({ seen }) => seen?.[m]));
+    table.innerHTML = `<thead><tr><th>bytes</th><th></th>${who.map((m) => `<th>machine ${m}</th>`).join("")}</tr></thead>` +
+      rows.map(({ name, bytes, seen }) => `<tr><td>${bytes}</td><th>${safe(name)}</th>${who.map((m) => cell(seen, m)).join("")}</tr>`).join("");
     figure.hidden = bpp === null || !Object.keys(known.curves).length;
     if (!figure.hidden) drawCurves(bpp);
   };

@@ -34,15 +34,11 @@ SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # sizes that `nearest_size` tries
 
 
 def encode_classic(image: Image.Image, codec: str, quality: int) -> bytes:
-    """A whole file of a picture's bare pixels, encoded as well as Pillow knows how.
+    """A whole file of an RGB picture's bare pixels, encoded as well as Pillow knows how; ValueError if it cannot be.
 
     Args:
-        image: RGB.
         codec: one of `CODECS`.
         quality: 0 to 100, as the codec understands it; for JPEG 2000 it sets the PSNR aimed at, 15 to 50 dB.
-
-    Raises:
-        ValueError: no such codec or quality.
     """
     if codec not in CODECS or not 0 <= quality <= 100:
         raise ValueError(f"codec {codec!r}, quality {quality}: expected one of {', '.join(CODECS)}, and 0 to 100")
@@ -138,10 +134,8 @@ class PixelCodec:
         """Raises ValueError if the compressor is not made for patches of pixels."""
         config = compressor.config
         if (config.latent_channels, config.factor) != (3 * PATCH**2, PATCH):
-            raise ValueError(
-                f"a pixel codec needs a compressor with latent_channels={3 * PATCH**2} and factor={PATCH}; "
-                f"this one has {config.latent_channels} and {config.factor}"
-            )
+            wanted = f"a pixel codec needs a compressor with latent_channels={3 * PATCH**2} and factor={PATCH}"
+            raise ValueError(f"{wanted}; this one has {config.latent_channels} and {config.factor}")
         self.compressor, self._unit = compressor, config.multiple * PATCH  # sides that the networks see, in pixels
 
     @classmethod
@@ -150,12 +144,7 @@ class PixelCodec:
         return cls(LatentCompressor.from_pretrained(folder, device))
 
     def compress(self, image: Image.Image, quality: float) -> bytes:
-        """A file with the same header as a .slim stream: 7 bytes at 128 px.
-
-        Args:
-            image: RGB; its sides are filled up to multiples of 32 by repeating the last row and column.
-            quality: 0 to 1.
-        """
+        """An RGB picture as a file with the header of a .slim stream, 7 bytes at 128 px; the quality is 0 to 1."""
         return self.encode(image, quality)[0]
 
     def encode(self, image: Image.Image, quality: float) -> tuple[bytes, dict[str, Tensor]]:
@@ -167,11 +156,7 @@ class PixelCodec:
         return pack(header, coder.get_bytes()), bits
 
     def decompress(self, data: bytes) -> Image.Image:
-        """The picture that `compress` stored.
-
-        Raises:
-            StreamError: the bytes are damaged, or of other weights.
-        """
+        """The picture that `compress` stored; StreamError if the bytes are damaged, or of other weights."""
         header, payload = unpack(data, self._fingerprint)
         rows, columns = (-(-side // self._unit) * self._unit // PATCH for side in (header.height, header.width))
         z_hat = self.compressor.decompress(RangeDecoder(payload), (rows, columns), header.quality / 255)

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimlib.compressor import CompressorConfig, LatentCompressor
+from slimlib.data.imagenet import TOTAL
 from slimlib.data.train import unset_options
 from slimlib.measure.methods import CLASSIC_NAMES, SHRUNK, VARIANTS
 from slimlib.scales import ASSETS
 from slimlib.utils import option
 
-TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
+TRAIN_IMAGES, VAL_IMAGES = TOTAL["train"], TOTAL["validation"]
 CAPTION_TOKENS = 20  # the most that the captioner says
 CLASSIC_FILES = 5 * len(CLASSIC_NAMES) * len(SHRUNK)  # of a picture: each codec at five qualities and three sizes
 PARTS = {"VAE encoder": "vae", "VAE decoder": "vae", "UNet": "unet_{family}", "text encoder": "text_encoder_{family}"}
@@ -111,15 +112,14 @@ def _inputs(part: str, size: int, config: dict[str, Any]) -> tuple:
     sides = (4, size // 8), (3, size), (3, 224)
     z, x, view = (torch.zeros(1, channels, side, side, requires_grad=True) for channels, side in sides)
     words, caption = (torch.zeros(1, tokens, dtype=torch.long) for tokens in (77, CAPTION_TOKENS))
-    inputs: dict[str, tuple] = {
+    return {
         "VAE encoder": (x,),
         "VAE decoder": (z,),
         "UNet": (z, torch.zeros(1), torch.zeros(1, 77, config.get("cross_attention_dim", 0))),
         "text encoder": (words,),
         "captioner": (torch.zeros(1, 3, 384, 384), caption),
         "compressor": (z, 0.5),
-    }
-    return inputs.get(part, (view,))
+    }.get(part, (view,))
 
 
 @dataclass(frozen=True)
@@ -263,8 +263,7 @@ def _default(f: Field) -> str:
 
 
 NAMED = "plan", Literal["look", "honest", "all"], option("honest", "values of what is not given")
-ABOUT = {"__doc__": "What the paper scale costs."}
-Options: Any = make_dataclass("Options", [NAMED, *unset_options(Plan, _default)], namespace=ABOUT)
+Options: Any = make_dataclass("Options", [NAMED, *unset_options(Plan, _default)])
 
 
 def command(options: Any) -> int:

@@ -25,6 +25,10 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils.versions import require_version
 
 from slimlib.caption import Captioner
 from slimlib.codec import SlimCodec
@@ -117,8 +121,6 @@ def _expect(good: bool, said: str, otherwise: str) -> str:
 
 
 def _versions() -> str:
-    from transformers.utils.versions import require_version
-
     for line in importlib.metadata.requires("slimlib") or []:
         if "extra ==" not in line:
             require_version(line.split(";")[0].strip(), "Run make install, or pip install -e . in the clone.")
@@ -150,8 +152,6 @@ def _memory(scale: Scale, where: torch.device) -> str:
 
 
 def _disk(scale: Scale) -> str:
-    from huggingface_hub.constants import HF_HOME
-
     remote = bool(_remote(scale))
     place = next(path for path in (Path(HF_HOME), *Path(HF_HOME).parents) if path.exists()) if remote else Path.cwd()
     free, need = shutil.disk_usage(place).free / 1e9, 12.0 if remote else 1.0
@@ -167,9 +167,6 @@ def _remote(scale: Scale) -> list[str]:
 
 def _hub(scale: Scale) -> str:
     """Ask for each model without downloading it: is it there, may we have it, and which version is it?"""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     said = []
     for name in _remote(scale):
         head, revision = split_revision(name)

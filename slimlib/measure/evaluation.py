@@ -6,7 +6,7 @@ share the work: each takes its own blocks, and the last to finish writes the tab
 pictures has a folder of its own.
 
 Examples:
-  slim evaluate --scenes 60 --only SLIM WebP
+  slim evaluate --scenes 65 --only SLIM WebP
   slim evaluate --scale paper --data /data/imagenet --scenes 1000 --variants all --out runs/imagenet/results/crop-256
   torchrun --nproc_per_node 8 -m slimlib evaluate --scale paper --data /data/imagenet --scenes 50000 --bf16
   slim evaluate --reproduce     (all that assets/results holds; hours on one core)
@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import datetime
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -33,25 +34,28 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, Subset
+from torchvision.ops import box_iou
 from tqdm.auto import tqdm
 
-from slimlib import utils
 from slimlib.compressor import LatentCompressor
 from slimlib.data.imagenet import AsPublished, ImageNetScenes, open_scenes
-from slimlib.data.scenes import Scene
+from slimlib.data.scenes import PocketScenes, Scene
 from slimlib.ldm import LatentDiffusion, last
 from slimlib.measure import methods
 from slimlib.measure.baselines import PixelCodec
-from slimlib.measure.methods import QUALITIES, VARIANTS, Method
+from slimlib.measure.methods import QUALITIES, VARIANTS, Method, find
 from slimlib.measure.metrics import clusters_of, compare, interval
 from slimlib.scales import ASSETS, Scale
-from slimlib.utils import option, write_file
+from slimlib.utils import describe_device, evaluating, option, pick_device, quiet_libraries, rank_and_world, write_file
 
 RESULTS = ASSETS / "results"  # where the shipped tables lie
 BATCH = 50  # scenes that go through the networks together, and whose results share a file
 SETTING = ["method", "variant", "quality"]  # tells the points of the curves apart; a method as it is has the variant ""
 AS_IT_IS = "as it is"  # variant in the table: the method itself, on the scenes of its ablations, which are fewer
 BEST_CLASSIC = "best classic, payload"
+WORDS = ("label only", "caption read")
+FINDER = "d"  # the machine that says where the object is, not what it is
 
 
 @dataclass
@@ -62,9 +66,9 @@ class Options:
     data: str = option("", "ImageNet: its folder, shards '...{split}...tar', or hub:owner/name (default: PocketScenes)")
     protocol: Literal["crop", "squash"] = option("crop", "how ImageNet's pictures become squares")
     seed: int = option(0, "of the draw of ImageNet's pictures")
-    scenes: int | None = option(None, "scenes for the curves (default: 60; to reproduce, 1000)")
+    scenes: int | None = option(None, "scenes for the curves (default: 65; to reproduce, 1300)")
     variants: list[str] = option([], "ablations: all, or such as 'no diffusion' (default: none; to reproduce, all)")
-    ablation_scenes: int | None = option(None, "scenes for the ablations (default: --scenes; to reproduce, 300)")
+    ablation_scenes: int | None = option(None, "scenes for the ablations (default: --scenes; to reproduce, 390)")
     qualities: list[float] = option(list(QUALITIES), "of the learned codecs")
     only: list[str] = option([], "these methods alone, such as SLIM hyperprior JPEG")
     reproduce: bool = option(False, "everything, into the shipped tables")
@@ -78,17 +82,17 @@ class Options:
 
     def counts(self) -> tuple[int, int]:
         """Scenes for the curves, and for the ablations."""
-        count = self.scenes or (1000 if self.reproduce else 60)
-        return count, self.ablation_scenes or (300 if self.reproduce else count if self.variants else 0)
+        count = self.scenes or (1300 if self.reproduce else 65)
+        return count, self.ablation_scenes or (390 if self.reproduce else count if self.variants else 0)
 
 
 def command(options: Options) -> int:
     """`slim evaluate`; returns the exit status."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    utils.quiet_libraries()
-    scale, device = Scale.from_name(options.scale), utils.pick_device(options.device)
-    machines: dict[str, Any] = {**methods.open_machines(scale, device)}
+    quiet_libraries()
+    scale, device = Scale.from_name(options.scale), pick_device(options.device)
+    machines = methods.open_machines(scale, device)
     draw = (max(options.counts()), options.data, options.protocol, options.seed)
     scenes = open_scenes(scale, "test", *draw, machines["a"])
     lost = 0
@@ -97,35 +101,45 @@ def command(options: Options) -> int:
         scenes.pictures, lost = scenes.pictures.readable(options.work)
         if lost:
             print(f"{lost} pictures cannot be read, and are left out: {options.work}/unreadable-*.txt says why")
-    jobs = [(method, min(n, len(scenes)) if lost else n) for method, n in all_jobs(options, scale, scenes)]
-    show = not options.quiet and utils.rank_and_world()[0] == 0
+    else:
+        scenes = with_unseen(scenes)  # type: ignore[arg-type]
+    wanted = all_jobs(options, scale, scenes, machines["a"])
+    jobs = [(method, min(n, len(scenes)) if lost else n) for method, n in wanted]
+    show = not options.quiet and rank_and_world()[0] == 0
     results = evaluate(scenes, jobs, machines, options.work, show, options.batch)
     if len(results) < sum(n * len(method.settings) for method, n in jobs):
         print("other processes are still at work: the last one writes the tables, or the same command given again does")
         return 0
     table = summarise(results, scale.size**2)
-    shown = ["top1_b_low", "top1_b_high", "roi_psnr", "background_psnr"]
-    print(table[[*SETTING, "scenes", "bpp", "top1_a", "top1_b", *shown]].to_string(index=False, float_format="%.4g"))
+    seen = table.filter(regex="^(top1|found)_[a-z0-9]+(_unseen)?$")
+    shown = [*SETTING, "scenes", "bpp", *seen, "roi_psnr", "background_psnr"]
+    print(table[shown].to_string(index=False, float_format="%.4g"))
     out = options.out or (RESULTS if options.reproduce and not options.only else None)  # shipped whole or not at all
     if out:
         names = repr(scale).replace(f"{ASSETS.parent}/", "")
         about = {"command": f"slim {shlex.join(sys.argv[1:])}", "scale": names, "bf16": options.bf16}
-        about |= {"device": utils.describe_device(device), "unreadable": lost}
+        about |= {"device": describe_device(device), "unreadable": lost}
         save_tables(out, results, jobs, scenes, about)
     return 0
 
 
-def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene]) -> list[tuple[Method, int]]:
+def with_unseen(scenes: PocketScenes) -> Sequence[Scene]:
+    """Test scenes, and after each ten of them three of objects that no training has seen: both come early."""
+    unseen = PocketScenes("unseen", scenes.size)
+    turns = min(len(scenes) // 10, len(unseen) // 3)
+    first, then = np.arange(10 * turns).reshape(turns, 10), len(scenes) + np.arange(3 * turns).reshape(turns, 3)
+    return Subset(ConcatDataset([scenes, unseen]), np.hstack([first, then]).ravel().tolist())  # type: ignore
+
+
+def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: Any) -> list[tuple[Method, int]]:
     """Every method, baseline and ablation that is asked for and whose weights are there, with its number of scenes.
 
     The variants are those of the first of MAIN that is there; methods that are none of MAIN count as ablations.
-
-    Raises:
-        ValueError: there is no method or variant of a name that was given.
+    ValueError where there is no method or variant of a name that was given.
     """
     folders, home = methods.SLIM_FOLDERS | methods.PIXEL_FOLDERS, Path(scale.compressor).parent
     there = {name: home / sub for name, sub in folders.items() if (home / sub / "config.json").exists()}
-    names = ["uncompressed", *there, *methods.CLASSIC_NAMES.values()]
+    names = ["uncompressed", *WORDS, *there, *methods.CLASSIC_NAMES.values()]
     strange = {*options.only} - {*names} | {*options.variants} - {*VARIANTS, "all"}
     if strange:
         known = f"{', '.join(names)}; and of variants: all, {', '.join(filter(None, VARIANTS))}"
@@ -136,13 +150,14 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene]) -> list[tu
     if isinstance(scenes, ImageNetScenes):  # results of other pictures go elsewhere, as do those of other weights
         data += f"{scenes.pictures.fingerprint()} {scenes.protocol} {scenes.size}"
     count, few = options.counts()
-    eyes, first, jobs = [scale.machine_a, scale.machine_b], None, []
+    eyes = list(filter(None, (scale.machine_a, scale.machine_a2, scale.machine_b, scale.machine_c, scale.machine_d)))
+    first, jobs = None, []
     for name, folder in there.items():
         if name in methods.PIXEL_FOLDERS and name in only:
             baseline, key = PixelCodec.from_pretrained(folder), weights_key(*eyes, folder, data=data)
             jobs.append((methods.pixels(name, baseline, options.qualities, key), count))
         elif name in methods.SLIM_FOLDERS and (name in only or first is None):
-            codec = methods.open_codec(scale, name, first, utils.pick_device(options.device), dtype)
+            codec = methods.open_codec(scale, name, first, pick_device(options.device), dtype)
             if data and first is None:
                 data += codec.ldm.fingerprint().hex()  # what stands under a name of the hub may change
             parts = [scale.ldm, scale.captioner, *eyes]
@@ -150,6 +165,7 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene]) -> list[tu
             if first is None:
                 first = codec
                 jobs.append((methods.ceiling(codec, weights_key(*parts, data=data)), count))
+                jobs += [(methods.words(told, codec, machine, key), count) for told in WORDS]
                 jobs.append((methods.slim(name, codec, options.qualities, variants, key), few))
             jobs.append((methods.slim(name, codec, options.qualities, key=key), count if name in methods.MAIN else few))
     jobs += [(methods.classic(codec, key=weights_key(*eyes, data=data)), count) for codec in methods.CLASSIC_NAMES]
@@ -184,7 +200,8 @@ def evaluate(
 
     Args:
         scenes: square scenes of one size.
-        jobs: methods, each with the number of scenes, from the first on, that it is measured on.
+        jobs: methods, each with the number of scenes, from the first on, that it is measured on (ValueError if there
+            are fewer).
         machines: by the names that they have in the columns; each takes (B, 3, H, W) in [0, 1] and has a `mean`.
         store: folder that keeps results as they come, and gives those of earlier runs. Several processes share it:
             block b is the work of process b % world, and each returns what all have stored so far.
@@ -197,30 +214,26 @@ def evaluate(
         bits inside the region of interest, by area of each cell; encode_ms, decode_ms: time of one picture alone;
         top1_NAME: whether the machine sees the right class; roi_error, background_error: mean squared error of pixels
         in [0, 1], weighted by the matte and its rest. NaN is what a method has not, and times that were not taken.
-
-    Raises:
-        ValueError: a method asks for more scenes than there are.
     """
-    known: dict[Path, dict[tuple[str, float], pd.DataFrame]] = {}  # results by variant and quality, for each file
 
-    def fetch(method: Method, block: int) -> tuple[Path, dict[tuple[str, float], pd.DataFrame]]:
-        name = re.sub(r"[^a-z0-9]+", "-", method.name.lower())
-        path = Path(store or "") / f"{name}-{method.key or 'any'}" / f"{block * batch:06d}+{batch}.csv"
-        if path not in known:
-            tables = [read_table(path)] if store and path.exists() else []
-            known[path] = {s: of for table in tables for s, of in table.groupby(SETTING[1:], sort=False)}
-        return path, known[path]
+    @functools.cache
+    def fetch(name: str, key: str, block: int) -> tuple[Path, dict[tuple[str, float], pd.DataFrame]]:
+        """The file of a block, and what is known of it: results by variant and quality."""
+        folder = f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{key or 'any'}"
+        path = Path(store or "") / folder / f"{block * batch:06d}+{batch}.csv"
+        tables = [read_table(path)] if store and path.exists() else []
+        return path, {setting: of for table in tables for setting, of in table.groupby(SETTING[1:], sort=False)}
 
     most = max(count for _, count in jobs)
     if most > len(scenes):
         raise ValueError(f"{most} scenes were asked for, and there are {len(scenes)}")
-    blocks, (rank, world) = range(-(-most // batch)), utils.rank_and_world() if store else (0, 1)
+    blocks, (rank, world) = range(-(-most // batch)), rank_and_world() if store else (0, 1)
     mine = [(block, *job) for block in blocks[rank::world] for job in jobs if block * batch < job[1]]
     bar = tqdm(total=sum(len(m.settings) for _, m, _ in mine), disable=not progress, unit="setting", mininterval=5)
-    shared, seen_by = None, {f"top1_{name}" for name in machines}
+    shared, seen_by = None, {_column(name) for name in machines}
     for block, method, count in mine:
         indices = list(range(block * batch, min((block + 1) * batch, count)))
-        path, done = fetch(method, block)
+        path, done = fetch(method.name, method.key, block)
         bar.set_description(f"{method.name}, scenes {indices[0]} to {indices[-1]}")
         for variant, quality in method.settings:
             rows = done.get((variant, quality), pd.DataFrame({"scene": []}))
@@ -234,7 +247,7 @@ def evaluate(
             bar.update()
     bar.close()
     wanted = [(method, setting, count) for method, count in jobs for setting in method.settings]
-    found = [(fetch(method, block)[1].get(setting), n) for method, setting, n in wanted for block in blocks]
+    found = [(fetch(m.name, m.key, block)[1].get(setting), n) for m, setting, n in wanted for block in blocks]
     return pd.concat([rows[rows.scene < n] for rows, n in found if rows is not None], ignore_index=True)
 
 
@@ -247,11 +260,25 @@ def _look(
     rows["seen"] = [scene.seen for scene in batch.scenes]
     rows = rows.join(spent.reindex(columns=methods.SPENT).astype(float))
     for name, machine in machines.items():
-        rows[f"top1_{name}"] = (machine(x_hat.to(machine.mean.device)).argmax(1).cpu() == batch.labels).numpy()
+        x = x_hat.to(machine.mean.device)
+        if "answer" in spent:  # the file says the class, and shows nothing
+            rows[_column(name)] = (spent.answer == rows.label) & (name != FINDER)
+        elif name == FINDER:
+            boxes = torch.from_numpy(np.stack([scene.box for scene in batch.scenes]))
+            rows[_column(name)] = (box_iou(find(machine, x).cpu(), boxes).diagonal() > 0.5).numpy()
+        else:
+            rows[_column(name)] = (machine(x).argmax(1).cpu() == batch.labels).numpy()
+    if "answer" in spent:
+        return rows.assign(roi_error=np.nan, background_error=np.nan)
     error = (x_hat.cpu() - batch.x).square().mean(1, keepdim=True).double()
     for part, weight in (("roi", batch.mattes.double()), ("background", 1 - batch.mattes.double())):
         rows[f"{part}_error"] = ((error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1)).numpy()
     return rows
+
+
+def _column(name: str) -> str:
+    """Where the hits of a machine stand."""
+    return f"found_{name}" if name == FINDER else f"top1_{name}"
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -259,18 +286,14 @@ def _look(
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """A table that was written here. (`pandas.read_csv` does as well, but makes NaN of a variant that is "".)"""
-    return pd.read_csv(
-        path, float_precision="round_trip", converters=dict.fromkeys(("variant", "refused", "cutout"), str)
-    )
+    texts = dict.fromkeys(("variant", "refused", "cutout"), str)
+    return pd.read_csv(path, float_precision="round_trip", converters=texts)
 
 
 def save_tables(
     out: Path, results: pd.DataFrame, jobs: Sequence[tuple[Method, int]], scenes: Sequence[Scene], about: dict
 ) -> None:
-    """Write scenes.csv.gz, evaluation.csv, comparisons.csv and times.csv; and what a reader has to know of them.
-
-    That is evaluation.json: `about`, and date, versions, weights and pictures.
-    """
+    """Write scenes.csv.gz, evaluation.csv, comparisons.csv, times.csv; and what they are of into evaluation.json."""
     tables = {"scenes.csv.gz": results, "evaluation.csv": summarise(results, scenes[0].image.width ** 2)}
     tables["comparisons.csv"] = all_comparisons(results)
     codec = next((method.codec for method, _ in jobs if method.codec), None)
@@ -290,20 +313,16 @@ def save_tables(
 
 
 def summarise(results: pd.DataFrame, pixels: int = 128**2) -> pd.DataFrame:
-    """A row for each setting: means, 95% intervals and medians over its scenes.
+    """A row for each setting: means, 95% intervals and medians over its scenes, which have so many pixels each.
 
     A method with ablations also gets the rows that these are to be compared with, on the same scenes (AS_IT_IS).
-
-    Args:
-        results: from `evaluate`.
-        pixels: in a scene.
 
     Returns:
         method, variant, quality, scenes (their number); bpp, bits per pixel of the whole file, and payload_bpp without
         headers; header_bytes, caption_bytes, hyper_bytes, latent_bytes; roi_bits, share of all latents' bits inside;
-        for each machine top1_NAME in percent with its interval (_low, _high), and for all but "a", which training
-        listens to, the same over cut-outs that training has seen and over those it has not (_seen, _unseen); roi_psnr,
-        background_psnr in dB; encode_ms, decode_ms.
+        for each machine top1_NAME in percent with its interval (_low, _high), and the same over the scenes of objects
+        that no training has seen (_unseen), which count in no other column; roi_psnr, background_psnr in dB; encode_ms,
+        decode_ms.
     """
     parts = [results]
     for _, of in results.groupby("method", sort=False):
@@ -311,19 +330,16 @@ def summarise(results: pd.DataFrame, pixels: int = 128**2) -> pd.DataFrame:
         if len(ablations):
             shared = of.scene.isin(set.intersection(*ablations.agg(set)))
             parts.append(of[(of.variant == "") & shared].assign(variant=AS_IT_IS))
-    results = pd.concat(parts, ignore_index=True)
-    clusters = clusters_of(results)
+    every = pd.concat(parts, ignore_index=True)
+    clusters, results = clusters_of(every), _known(every)
     groups = results.assign(roi=results.roi_bits * results.latent).groupby(SETTING, sort=False)
     mean, total = groups.mean(numeric_only=True), groups.sum(numeric_only=True)
     table = pd.DataFrame({"scenes": groups.size(), "bpp": 8 * mean["size"] / pixels})
     table["payload_bpp"], table["header_bytes"] = 8 * mean.payload / pixels, mean["size"] - mean.payload
     table = table.join(mean[["caption", "hyper", "latent"]].add_suffix("_bytes"))
     table["roi_bits"] = total.roi / total.latent
-    for name in results.filter(like="top1_"):
-        rows_of = {name: results}
-        if name != "top1_a":
-            rows_of |= {f"{name}_seen": results[results.seen], f"{name}_unseen": results[~results.seen]}
-        for column, rows in rows_of.items():
+    for name in results.filter(regex="^(top1|found)_"):
+        for column, rows in {name: results, f"{name}_unseen": every[~every.seen]}.items():
             hits = rows.groupby(SETTING, sort=False)[name]
             table[column] = 100 * hits.mean()
             ends = {setting: interval(found, clusters[found.index]) for setting, found in hits}
@@ -334,23 +350,36 @@ def summarise(results: pd.DataFrame, pixels: int = 128**2) -> pd.DataFrame:
     return table.join(groups[["encode_ms", "decode_ms"]].median()).reset_index()
 
 
+def judged(table: pd.DataFrame) -> pd.Series:
+    """Top-1 of the judges, a mean over those that there are: machines B and C, which nobody listened to in training."""
+    return table.filter(regex="^top1_[bc]$").mean(axis=1)
+
+
+def _known(results: pd.DataFrame) -> pd.DataFrame:
+    """Without the scenes of objects that training has not seen; all of them where nobody has seen any."""
+    return results[results.seen] if results.seen.any() else results
+
+
 def all_comparisons(results: pd.DataFrame) -> pd.DataFrame:
     """The deltas that the goals speak of, for each machine, and each ablation against the method as it is.
 
-    Returns:
-        anchor, test, machine, and what `metrics.compare` says: what `test` saves against `anchor`.
+    A row has anchor, test, machine, and what `metrics.compare` says: what `test` saves against `anchor`.
     """
+    results = _known(results)
     curves = {name: of[of.variant == ""] for name, of in results.groupby("method", sort=False)}
     main = next((name for name in methods.MAIN if name in curves), "")
     # A classic codec may downscale: its frontier is over all its variants.
     classic = results[results.method.isin(methods.CLASSIC_NAMES.values())]
     curves |= dict(list(classic.groupby("method", sort=False))) | {BEST_CLASSIC: classic.assign(size=classic.payload)}
-    pairs = [(name, main) for name in curves if name not in (main, "uncompressed")]
+    pairs = [(name, main) for name in curves if name not in (main, "uncompressed", *WORDS)]
     pairs += [(methods.MAIN[2], methods.MAIN[1]), ("hyperprior", "hyperprior, machine loss")]  # steps of training
     for variant, of in results[results.method == main].groupby("variant", sort=False):
         if variant and of.quality.nunique() > 2:
             curves[f"{main} ({variant})"] = of
             pairs.append((main, f"{main} ({variant})"))
+    pairs += [
+        (anchor, f"{main} (no caption)") for anchor in ("hyperprior", BEST_CLASSIC)
+    ]  # what the picture alone does
     return pd.DataFrame(
         {"anchor": anchor, "test": test, "machine": name.removeprefix("top1_")}
         | compare(curves[anchor], curves[test], name.removeprefix("top1_"))
@@ -385,7 +414,7 @@ def evaluate_latents(
     z, m = (torch.as_tensor(np.array(array)).to(compressor.device) for array in (z, m))
     z, m, config, rows = z.float(), m.float() / (255 if m.dtype == torch.uint8 else 1), compressor.config, []
     for quality in map(float, qualities):
-        with utils.evaluating(compressor):
+        with evaluating(compressor):
             outs = [compressor(part, quality) for part in z.split(batch)]
         z_hat, logits = (torch.cat([out[name] for out in outs]) for name in ("z_hat", "roi_logits"))
         y, h = (torch.cat([-out["likelihoods"][name].log2().sum(1, keepdim=True) for out in outs]) for name in "yh")
@@ -401,12 +430,12 @@ def evaluate_latents(
         }
         if pictures:
             ldm, machines, captions, labels = pictures
-            x_hat, walk = [], (config.t0(quality), config.steps)
+            x_hat, (t0, steps, guidance) = [], config.walk(quality)
             for part in torch.arange(len(z)).split(batch):
-                steps = ldm.enhance(z_hat[part], [captions[i] for i in part], *walk, part.tolist(), config.guidance)
-                x_hat.append(ldm.decode(last(steps, z_hat[part])))
+                walk = ldm.enhance(z_hat[part], [captions[i] for i in part], t0, steps, part.tolist(), guidance)
+                x_hat.append(ldm.decode(last(walk, z_hat[part])))
             for name, machine in machines.items():
                 guesses = torch.cat([machine(x).argmax(1).cpu() for x in x_hat])
-                found[name] = 100 * (guesses == torch.as_tensor(labels)).double().mean()
+                found[name] = 100 * (guesses == torch.tensor(np.asarray(labels))).double().mean()
         rows.append({name: float(value) for name, value in found.items()})
     return rows

@@ -17,6 +17,8 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_convert
 
 from slimlib.caption import CAPTION_PRIOR, CaptionPrior
 from slimlib.codec import Decoded, SlimCodec
@@ -26,22 +28,21 @@ from slimlib.data.scenes import Scene
 from slimlib.entropy import RangeEncoder
 from slimlib.images import to_images, to_tensor
 from slimlib.ldm import last
-from slimlib.machines import load_machine
+from slimlib.machines import Machine, load_machine
 from slimlib.measure.baselines import PixelCodec, decode_classic, downscale, encode_classic, payload_bytes
-from slimlib.roi import gradcam, roi_crop
+from slimlib.roi import object_box, roi_crop
 from slimlib.scales import Scale
 from slimlib.stream import FIXED_BYTES, unpack
 from slimlib.utils import autocast
 
 SPENT = ["size", "payload", "caption", "hyper", "latent", "roi_bits", "encode_ms", "decode_ms"]
 QUALITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-TIMED = 8  # scenes that also go through the codec one at a time, for the clock
 SLIM_FOLDERS = {
     "SLIM": "compressor_stage2",
     "SLIM, stage 1": "compressor",
     "SLIM, uniform weights": "compressor_uniform",
     "SLIM, feature matching": "compressor_features",
-    "SLIM, LoRA": "compressor_lora",
+    "SLIM, joint": "compressor_joint",
 }
 """Methods of the family, and their folders beside the scale's compressor."""
 MAIN = ("SLIM", "SLIM, stage 1", "SLIM, uniform weights")
@@ -85,8 +86,8 @@ class Batch:
 
 
 @functools.lru_cache(maxsize=64)  # a batch goes through all variants, one after the other
-def captions_of(batch: Batch, codec: SlimCodec, kind: str) -> list[str]:
-    """Captions by kind: "auto" (Grad-CAM crop), "oracle" (crop of the exact matte), "none"; or "wrong".
+def captions_of(batch: Batch, codec: SlimCodec, kind: str, quality: float) -> list[str]:
+    """Captions by kind: "auto" (the codec's own), "oracle" (crop of the exact matte), "none"; or "wrong".
 
     That is the caption of the next scene in the batch with another label, or none where all have the same.
     """
@@ -94,16 +95,17 @@ def captions_of(batch: Batch, codec: SlimCodec, kind: str) -> list[str]:
     if kind == "none":
         return [""] * count
     if kind == "wrong":
-        right, label = captions_of(batch, codec, "auto") * 2, batch.labels.tolist() * 2
+        right, label = captions_of(batch, codec, "auto", quality) * 2, batch.labels.tolist() * 2
         return [next((right[j] for j in range(i, i + count) if label[j] != label[i]), "") for i in range(count)]
-    maps = batch.mattes if kind == "oracle" else gradcam(codec.machine, batch.x.to(codec.ldm.device)).cpu()
-    return codec.captioner.caption([roi_crop(image, one) for image, one in zip(batch.images, maps, strict=True)])
+    if kind == "auto":
+        return [codec.look(image, codec.encode(image), quality)[1] for image in batch.images]
+    return codec.captioner.caption([roi_crop(image, m) for image, m in zip(batch.images, batch.mattes, strict=True)])
 
 
 @functools.lru_cache(maxsize=64)
 def files_of(batch: Batch, codec: SlimCodec, kind: str, quality: float) -> list[Decoded]:
     """The codec's own files, read again: what is decoded is what the bytes say."""
-    pairs = zip(batch.images, captions_of(batch, codec, kind), strict=True)
+    pairs = zip(batch.images, captions_of(batch, codec, kind, quality), strict=True)
     return [codec.read(codec.compress(image, quality, caption)) for image, caption in pairs]
 
 
@@ -126,7 +128,7 @@ def slim(
     qualities: Sequence[float] = QUALITIES,
     variants: Sequence[str] = ("",),
     key: str = "",
-    timed: int = TIMED,
+    timed: int = 8,  # scenes that also go through the codec one at a time, for the clock
 ) -> Method:
     """SLIM: the codec's own files, and its decoder on batches, in bfloat16 where that is fast.
 
@@ -134,13 +136,14 @@ def slim(
     """
 
     def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
-        change, guidance = VARIANTS[variant], codec.compressor.config.guidance
+        change = VARIANTS[variant]
         if not change.latent:
-            return _caption_only(codec, captions_of(batch, codec, change.caption), batch.x.shape[-1])
+            return _caption_only(codec, captions_of(batch, codec, change.caption, quality), batch.x.shape[-1])
         files = files_of(batch, codec, change.caption, quality)
         z_hat, reports = torch.cat([file.z_hat for file in files]), [file.report for file in files]
         t0 = reports[0].t0 if change.t0 is None else change.t0
         steps = reports[0].steps if change.steps is None else change.steps
+        guidance = codec.compressor.config.walk(quality).guidance
         walk = codec.ldm.enhance(z_hat, [r.caption or "" for r in reports], t0, steps, [0] * len(files), guidance)
         spent = pd.DataFrame([report.bits for report in reports]) / 8
         spent["size"] = [report.size for report in reports]
@@ -202,10 +205,45 @@ def ceiling(codec: SlimCodec, key: str = "") -> Method:
     return Method("uncompressed", key, [("", 0.0), ("VAE", 0.0)], run)
 
 
+def words(name: str, codec: SlimCodec, machine: Machine, key: str = "") -> Method:
+    """What says the class and shows nothing: machine A's answer as an index ("label only"), or the codec's caption at
+    quality 0, of which one reads the class ("caption read"). No curve may be read without them.
+
+    The column "answer" holds the class that is said, or -1: every machine is told the same.
+    """
+
+    def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
+        if name == "label only":
+            answers = machine(batch.x.to(machine.mean.device)).argmax(1).tolist()
+            spent = pd.DataFrame({"payload": [-(-(len(machine.classes) - 1).bit_length() // 8)] * len(answers)})
+            return batch.x, spent.assign(size=FIXED_BYTES + spent.payload, answer=answers)
+        captions = captions_of(batch, codec, "auto", 0.0)
+        told = [[i for i, said in enumerate(machine.classes) if f" {said} " in f" {text} "] for text in captions]
+        return batch.x, _files_of(codec, captions).assign(answer=[(labels or [-1])[0] for labels in told])
+
+    return Method(name, key, [("", 0.0)], run)
+
+
 def open_machines(scale: Scale, device: str | torch.device | None = None, published: bool = False) -> dict[str, Any]:
-    """The machines of a scale by their names, "a" and "b"; `published`: they look at ImageNet as their makers did."""
-    machines = {name: load_machine(getattr(scale, f"machine_{name}"), device) for name in "ab"}
-    return {name: AsPublished(one) for name, one in machines.items()} if published else dict(machines)
+    """The machines of a scale by their names, such as "a" and "b"; `published`: they look as their makers did."""
+    names = {name: getattr(scale, f"machine_{name}") for name in ("a", "a2", "b", "c", "d")}
+    machines: dict[str, Any] = {name: load_machine(place, device) for name, place in names.items() if place}
+    return {name: AsPublished(one) for name, one in machines.items()} if published else machines
+
+
+def find(machine: Machine, x: Tensor) -> Tensor:
+    """Where the object is in pictures x (B, 3, H, W), says judge D: left, top, right, bottom in [0, 1], (B, 4).
+
+    Each cell of its last grid proposes a box (centre relative to its own, and size) and says how sure it is; the answer
+    is their mean, weighted by the softmax of that. A pooled vector would hardly tell where things are.
+    """
+    features = machine.net.forward_features(machine.prepare(x)).permute(0, 2, 3, 1)  # (B, h, w, C)
+    proposed = machine.net.get_classifier()(features).float()  # (B, h, w, 5)
+    rows, columns = ((torch.arange(n, device=x.device) + 0.5) / n for n in proposed.shape[1:3])
+    centres = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1) + proposed[..., :2]
+    boxes = torch.cat([centres, proposed[..., 2:4].sigmoid()], -1).flatten(1, 2)
+    sure = proposed[..., 4:].flatten(1, 2).softmax(1)
+    return box_convert((boxes * sure).sum(1), "cxcywh", "xyxy")
 
 
 def open_codec(
@@ -217,22 +255,28 @@ def open_codec(
     if like is None or (folder / "unet_lora").is_dir():
         return SlimCodec.from_pretrained(replace(scale, compressor=str(folder)), device, exact=False, dtype=dtype)
     own, prior = LatentCompressor.from_pretrained(folder, like.ldm.device), CaptionPrior.load(folder / CAPTION_PRIOR)
-    return SlimCodec(like.ldm, own, prior, like.captioner, like.machine, exact=False)
+    return SlimCodec(like.ldm, own, prior, like.captioner, exact=False)
 
 
 def _caption_only(codec: SlimCodec, captions: list[str], size: int) -> tuple[Tensor, pd.DataFrame]:
     """What the stock pipeline draws for captions, from pure noise, another seed each; and the files they would need."""
-    ldm, spent = codec.ldm, []
+    ldm = codec.ldm
+    z = torch.zeros(len(captions), ldm.latent_channels, size // ldm.factor, size // ldm.factor)
+    prompts = [f"a photo of {caption}" if caption else "" for caption in captions]
+    walk = ldm.enhance(z, prompts, ldm.scheduler.config.num_train_timesteps - 1, 20, range(1, 1 + len(z)), 4.0)
+    return _decode(codec, walk, z), _files_of(codec, captions)
+
+
+def _files_of(codec: SlimCodec, captions: list[str]) -> pd.DataFrame:
+    """What files would take that hold a header and a caption."""
+    spent = []
     for caption in captions:
         coder = RangeEncoder()
         if caption and codec.prior:
             codec.prior.encode(coder, caption)
         payload = len(coder.get_bytes())
         spent.append((FIXED_BYTES + payload, payload, coder.bits / 8, 0, 0))
-    z = torch.zeros(len(captions), ldm.latent_channels, size // ldm.factor, size // ldm.factor)
-    prompts = [f"a photo of {caption}" if caption else "" for caption in captions]
-    walk = ldm.enhance(z, prompts, ldm.scheduler.config.num_train_timesteps - 1, 20, range(1, 1 + len(z)), 4.0)
-    return _decode(codec, walk, z), pd.DataFrame(spent, columns=SPENT[:5])
+    return pd.DataFrame(spent, columns=SPENT[:5])
 
 
 def _decode(codec: SlimCodec, walk: Iterator[Tensor], z: Tensor) -> Tensor:
@@ -261,8 +305,9 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
         and the peak memory of the process.
     """
     codec, threads, taken = copy.copy(codec), torch.get_num_threads(), []
-    codec.exact, ldm, model, config = True, codec.ldm, codec.compressor, codec.compressor.config
+    codec.exact, ldm, model = True, codec.ldm, codec.compressor
     byte = torch.tensor([quality_byte(quality)], device=ldm.device)
+    t0, steps, guidance = model.config.walk(quality)
 
     def clock(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         result, milliseconds = clocked(function, *arguments)
@@ -270,8 +315,8 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
         return result
 
     def walk(z: Tensor, text: Tensor) -> None:
-        for t in ldm.times(config.t0(quality), config.steps)[:-1]:
-            ldm.predict(z, t, text, config.guidance)
+        for t in ldm.times(t0, steps)[:-1]:
+            ldm.predict(z, t, text, guidance)
 
     torch.set_num_threads(1)
     codec.decompress(codec.compress(scenes[0].image, quality))  # loads what is loaded on first use
@@ -280,14 +325,15 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
         stream = clock("encode", codec.compress, scene.image, quality)
         clock("decode", codec.decompress, stream)
         z = clock("encode: VAE encoder", ldm.encode, x).float()
-        cam = clock("encode: machine A, forward and back (Grad-CAM)", gradcam, codec.machine, x)
-        captions = clock("encode: captioner", codec.captioner.caption, [roi_crop(scene.image, cam)])
+        region = clock("encode: compressor's map of the region", model.region, z, quality)
+        region = F.interpolate(region, scene.image.size[::-1], mode="bilinear")[0]
+        captions = clock("encode: captioner", codec.captioner.caption, [scene.image.crop(object_box(region))])
         coded = clock("encode: compressor's encoder", model.code, z, byte)
         clock("decode: compressor's integer network", model.net.exact, int(byte), torch.zeros_like(coded["h_symbols"]))
         decoder = (coded["y_hat"], coded["index"], coded["fineness"], byte)
         z_hat = clock("decode: compressor's decoder", model.synthesise, *decoder)
         text = clock("decode: text encoder", ldm.text, captions)
-        clock(f"decode: UNet, {config.steps} steps", walk, z_hat, text)
+        clock(f"decode: UNet, {steps} steps", walk, z_hat, text)
         clock("decode: VAE decoder", ldm.decode, z_hat)
     torch.set_num_threads(threads)
     groups = pd.DataFrame(taken, columns=["what", "ms"]).groupby("what", sort=False)["ms"]

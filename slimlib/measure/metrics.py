@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import bjontegaard
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
@@ -31,9 +32,7 @@ class Delta:
     overlap: float = math.nan  # its share of all that either covers
 
 
-def interval(
-    hits: Sequence[bool] | np.ndarray, clusters: Sequence | np.ndarray | None = None, draws: int = 2_000
-) -> tuple[float, float]:
+def interval(hits: Sequence | np.ndarray, clusters: Sequence | np.ndarray | None = None) -> tuple[float, float]:
     """95% interval of an accuracy, in percent; never of width 0, and NaN where there are no hits or misses to count.
 
     Hits that are independent have Wilson's interval (1927). Pictures of one object are not: where `clusters` says which
@@ -52,7 +51,7 @@ def interval(
     low, high = binomtest(round(share * n), n).proportion_ci(method="wilson")
     if len(sizes) < len(values):
         rng = np.random.default_rng(0)
-        picks = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), draws)  # how often each is drawn
+        picks = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), 2_000)  # how often each is drawn
         ends = np.quantile(picks @ right / (picks @ sizes), ENDS)
         low, high = min(low, ends[0]), max(high, ends[1])
     return 100 * float(low), 100 * float(high)
@@ -89,10 +88,8 @@ def accuracy_at(curve: Curve, rate: float) -> float:
 def bd_rate(anchor: Curve, test: Curve, min_overlap: float = MIN_OVERLAP) -> Delta:
     """Mean difference of rate at equal accuracy, in percent of the anchor's (Bjontegaard, VCEG-M33, 2001).
 
-    Both curves are reduced to their frontier and interpolated by monotone cubics (pchip).
-
-    Raises:
-        NoOverlap: they share less than `min_overlap` of the accuracies that either covers, or have under 3 points.
+    Both curves are reduced to their frontier and interpolated by monotone cubics (pchip). NoOverlap where they share
+    less than `min_overlap` of the accuracies that either covers, or have under 3 points.
     """
     return _delta("bd_rate", anchor, test, min_overlap)
 
@@ -103,13 +100,9 @@ def bd_accuracy(anchor: Curve, test: Curve, min_overlap: float = MIN_OVERLAP) ->
 
 
 def _delta(function: str, anchor: Curve, test: Curve, min_overlap: float) -> Delta:
-    import bjontegaard
-
     a, t = frontier(*anchor), frontier(*test)
-    if min(a.shape[-1], t.shape[-1]) < 3:
-        raise NoOverlap(
-            f"a curve needs 3 points that improve on each other; these have {a.shape[-1]} and {t.shape[-1]}"
-        )
+    if min(a.shape[1], t.shape[1]) < 3:
+        raise NoOverlap(f"a curve needs 3 points that improve on each other; these have {a.shape[1]} and {t.shape[1]}")
     axis, what = (1, "accuracies") if function == "bd_rate" else (0, "rates")
     u, v = (curve[1] if axis else np.log2(curve[0]) for curve in (a, t))
     low, high = float(max(u.min(), v.min())), float(min(u.max(), v.max()))
@@ -130,12 +123,9 @@ def _delta(function: str, anchor: Curve, test: Curve, min_overlap: float) -> Del
 def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws: int = 200) -> dict[str, Any]:
     """Both deltas between two curves, with 95% intervals from a paired bootstrap over the scenes that both have.
 
-    Scenes of one cut-out are resampled together (`clusters_of`).
-
-    Args:
-        anchor, test: results by scene (see `slimlib.measure.evaluation.evaluate`); each setting is a point of a curve.
-        machine: whose hits count.
-        draws: resamples; those in which the curves do not overlap enough are left out.
+    Results are by scene (see `evaluation.evaluate`), each setting is a point of a curve, and `machine` says whose hits
+    count. Scenes of one cut-out are resampled together (`clusters_of`); draws in which the curves do not overlap enough
+    are left out.
 
     Returns:
         scenes; bd_rate in percent, bd_rate_low, bd_rate_high; from_accuracy, to_accuracy, overlap, the range it was

@@ -23,8 +23,10 @@ COLOURS = {
     "SLIM, stage 1": "#56b4e9",
     "SLIM, uniform weights": "#8c6bb1",
     "SLIM, feature matching": "#44aa99",
-    "SLIM, LoRA": "#332288",
+    "SLIM, joint": "#332288",
     "caption only": "#cc79a7",
+    "caption read": "#882255",
+    "label only": "#000000",
     "hyperprior": "#009e73",
     "hyperprior, machine loss": "#6a9c2d",
     "JPEG": "#d55e00",
@@ -35,8 +37,6 @@ COLOURS = {
     "best classic, payload": "#7f3b08",
     "uncompressed": "#595959",
 }
-"""One colour for each method, in every figure."""
-
 DASHED = {"JPEG", "WebP", "AVIF", "JPEG XL", "JPEG 2000", "best classic, payload"}
 PART_COLOURS = {
     "header": "#595959",
@@ -48,6 +48,7 @@ PART_COLOURS = {
 """One colour for each part of a stream."""
 
 Pixels = Image.Image | np.ndarray  # Pillow's, or (H, W, 3) as bytes or in [0, 1]
+ROW = ("original", "region of interest", "decoded", "error")  # titles of `image_row`
 
 
 def show(ax: Axes, image: Pixels, title: str = "") -> Axes:
@@ -66,32 +67,31 @@ def show_map(ax: Axes, image: Pixels, heat: np.ndarray, title: str = "") -> Axes
 
 
 def show_error(ax: Axes, original: Pixels, decoded: Pixels, title: str = "", full: float = 0.25) -> Axes:
+    """`error_picture` of two pictures."""
+    return show(ax, error_picture(original, decoded, full), title)
+
+
+def error_picture(original: Pixels, decoded: Pixels, full: float = 0.25) -> Image.Image:
     """Absolute error, mean of the three colours: black is none, white is `full` of the range or more."""
-    error = np.abs(_array(original) - _array(decoded)).mean(2)
-    ax.imshow(error, cmap="gray", vmin=0, vmax=full)
-    return _bare(ax, title)
+    error = np.abs(_array(original) - _array(decoded)).mean(2) / full
+    return Image.fromarray((255 * error.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
 
 
 def image_row(
-    axes: Sequence[Axes],
-    original: Pixels,
-    roi: np.ndarray,
-    decoded: Pixels,
-    titles: Sequence[str] = ("original", "region of interest", "decoded", "error"),
+    axes: Sequence[Axes], original: Pixels, roi: np.ndarray, decoded: Pixels, titles: Sequence[str] = ROW
 ) -> Sequence[Axes]:
     """Original, region of interest (H, W), reconstruction and error, always in this order, in four axes."""
     show(axes[0], original, titles[0])
     show_map(axes[1], original, roi, titles[1])
     show(axes[2], decoded, titles[2])
-    show_error(axes[3], original, decoded, titles[3])
+    show(axes[3], error_picture(original, decoded), titles[3])
     return axes
 
 
 def byte_bars(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> Axes:
-    """Who spent what: a stacked bar of bytes for each row, the first on top.
+    """The bytes of each part: a stacked bar for each row, the first on top.
 
-    Args:
-        rows: label to (part to bits), such as {"quality 0.5": codec.inspect(stream).bits}.
+    `rows` is label to (part to bits), such as {"quality 0.5": codec.inspect(stream).bits}.
     """
     sizes = pd.DataFrame(rows).T.fillna(0).clip(lower=0) / 8
     colours = [PART_COLOURS.get(part, "#8c8c8c") for part in sizes]
@@ -116,13 +116,9 @@ def top5_bars(ax: Axes, guesses: Sequence[tuple[str, float]], truth: str | None 
 
 
 def rate_curve(ax: Axes, bpp: Sequence, accuracy: Sequence, method: str, interval: Sequence | None = None) -> Axes:
-    """Accuracy against rate for one method of `COLOURS`.
+    """Top-1 accuracy against rate for one method of `COLOURS`: none goes without a colour of its own.
 
-    Args:
-        bpp: bits per pixel of each point, whole files.
-        accuracy: top-1 in [0, 1] of each point.
-        method: a key of COLOURS; KeyError otherwise, so that no method goes without a colour of its own.
-        interval: lower and upper ends of the confidence intervals, in [0, 1].
+    Rates are bits per pixel of whole files; accuracies, and the lower and upper ends of their intervals, in [0, 1].
     """
     order, style = np.argsort(bpp), "--" if method in DASHED else "-"
     x, y = np.asarray(bpp, float)[order], 100 * np.asarray(accuracy, float)[order]
@@ -170,5 +166,5 @@ def _bare(ax: Axes, title: str) -> Axes:
 
 def _array(image: Pixels) -> np.ndarray:
     """(H, W, 3) in [0, 1]."""
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, np.float64)
-    return pixels / 255 if pixels.max() > 1 else pixels
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    return pixels / 255 if pixels.dtype == np.uint8 else pixels
