@@ -100,6 +100,8 @@ def test_work_counts_what_the_evaluation_does() -> None:
     assert decoding(plan) == 8 * unet.forward + words.forward + decoder.forward == found.bf16["decoding"]
     assert found.loc["decoding", ["TF32", "float32"]].sum() == a.forward + b.forward
     assert found.bf16["files"] == 3 * encoder.forward, "once a file"
+    captioner, matte = part["captioner"].forward, a.forward
+    assert found.loc["files", ["TF32", "float32"]].sum() == matte + 3 * (captioner + 3 * compressor.forward)
     through = sum(cost.forward + cost.backward for cost in (compressor, unet, decoder, a))
     assert found.bf16["stage 2"] == through and found.loc["stage 2"].sum() == through + words.forward
     assert costs.CLASSIC_FILES == sum(len(methods.classic(name).settings) for name in methods.CLASSIC_NAMES) == 75
@@ -113,14 +115,14 @@ def test_work_counts_what_the_evaluation_does() -> None:
 
 
 def test_the_table_extrapolates_from_the_best_case_to_the_worst() -> None:
-    plan = Plan(tflops=[100.0, 50.0, 10.0], share=[0.25, 0.5], gpus=2, cores=4, price=3)
+    plan = Plan(tflops=[100.0, 50.0, 10.0], share=[0.25, 0.5], gpus=2, cores=1, price=3)
     table, found, work = costs.jobs_table(plan), costs.operations(plan), costs.work(plan)
     bf16, tf32, fp32 = found.loc["files"]
     peak = work["files"].times * (bf16 / 1e14 + tf32 / 5e13 + fp32 / 1e13) / 3600
-    cpu = work["files"].times * (costs.CPU_SECONDS["caption"] + 6 * costs.CPU_SECONDS["code"]) / 3600
+    cpu = work["files"].times * 6 * (costs.CPU_SECONDS["caption"] + costs.CPU_SECONDS["code"]) / 3600
     row = table.loc["files"]
     assert row[["GPU hours*", "to", "core hours*"]].tolist() == pytest.approx([2 * peak, 4 * peak, cpu])
-    assert row[["hours*", "to "]].tolist() == pytest.approx([max(peak, cpu / 4), 2 * peak + cpu / 4])
+    assert row[["hours*", "to "]].tolist() == pytest.approx([max(peak, cpu), 2 * peak + cpu])
     assert row["to  "] == pytest.approx(2 * 3 * row["to "]) and row["bound by"] == "either"
     steps = plan.compressors * plan.stage1_steps * costs.CPU_SECONDS["stage 1"] / 3600
     assert table["bound by"]["stage 1"] == "CPU" and table["hours*"]["stage 1"] == pytest.approx(steps), "no core helps"

@@ -243,6 +243,7 @@ def test_all_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     expected |= {("hyperprior, machine loss", "SLIM"): -100 * 5 / 6, ("JPEG", "SLIM"): -75, ("WebP", "SLIM"): -75}
     expected |= {("best classic, payload", "SLIM"): -50, ("SLIM, uniform weights", "SLIM, stage 1"): -100 / 3}
     expected |= {("hyperprior", "hyperprior, machine loss"): 20, ("SLIM", "SLIM (no caption)"): -50}
+    expected |= {("hyperprior", "SLIM (no caption)"): -90, ("best classic, payload", "SLIM (no caption)"): -75}
     assert deltas["b"].to_dict() == pytest.approx(expected, abs=0.01)
     assert found.to_accuracy[found.machine == "a"].eq(60).all() and found.to_accuracy[found.machine == "b"].eq(80).all()
     assert len(evaluation.all_comparisons(curve("JPEG", 1))) == 0
@@ -301,6 +302,7 @@ def test_what_each_ablation_changes(codec: SlimCodec, batch: Batch, monkeypatch:
     monkeypatch.setitem(vars(codec), "captioner", captioner)  # as if loaded
     monkeypatch.setattr(codec.ldm, "enhance", enhance)
     methods.captions_of.cache_clear()
+    methods.files_of.cache_clear()
     walk, sizes = codec.compressor.config.walk(0.4), {}
     z_hat = torch.cat([codec.read(codec.compress(image, 0.4)).z_hat for image in batch.images])
     method = methods.slim("SLIM", codec, (0.4, 0.8), VARIANTS, timed=0)
@@ -356,6 +358,7 @@ def test_words_show_nothing(codec: SlimCodec, world: Path, batch: Batch, monkeyp
     saying = iter(said := ["a red fox", "a lion in a forest", "", "a redfox", "a tulip"])
     monkeypatch.setitem(vars(codec), "captioner", says(lambda crops: [next(saying) for _ in crops]))
     methods.captions_of.cache_clear()
+    methods.files_of.cache_clear()
     label, caption = (methods.words(name, codec, machine).run(batch, "", 0.0) for name in evaluation.WORDS)
     assert label[1].answer.tolist() == machine(batch.x).argmax(1).tolist() and label[1].payload.eq(1).all()
     assert caption[1].answer.tolist() == [0, 3, -1, -1, 4] and caption[1].latent.eq(0).all()

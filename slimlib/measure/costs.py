@@ -164,8 +164,9 @@ def work(p: Plan) -> dict[str, Work]:
     """The jobs, as the code does them; `slim evaluate` with --bf16, of every compressor.
 
     Grad-CAM is one pass for the true class (the mask, or the matte of a test picture) and two for the machine's own
-    guess (the crop); its gradient ends in the last layer. `compress` runs the VAE's encoder for each file. `ablations`
-    leave out the files that the method has. Not counted: the uncompressed pictures, and the VAE's of them.
+    guess (the crop, in preprocessing); its gradient ends in the last layer. `compress` runs the VAE's encoder, the
+    compressor's encoder twice (its map cuts the crop) and the captioner for each file. `ablations` leave out the files
+    that the method has. Not counted: the uncompressed pictures, and the VAE's of them.
     """
     tested, q = p.compressors + p.seeds, p.qualities
     changes = [(v, q if v.latent else 1) for name, v in VARIANTS.items() if name]
@@ -173,14 +174,14 @@ def work(p: Plan) -> dict[str, Work]:
     shown, led, walked = sum(n for n, _ in walks), sum(n for n, k in walks if k), sum(n * k for n, k in walks)
     files = q * len({v.caption for v, _ in changes} - {"auto"})
     one, two = p.compressors * p.stage1_steps, p.seeds * p.stage2_steps
-    look = {"machine A": 3, "captioner": 1}
+    look, coded = {"machine A": 3, "captioner": 1}, {"machine A": 1, "captioner": q, "compressor": 3 * q}
     seen = {"machine A": shown, "machine B": shown, "captioner": 1, "compressor": 2 * files}
     own = {"VAE encoder": files, "UNet": 2 * walked, "text encoder": led, "VAE decoder": shown}
     jobs = {
         "preprocessing": Work(p.train_images, {"open": 1, "caption": 1}, {"VAE encoder": 1, **look}),
         "stage 1": Work(one * p.stage1_batch, {"stage 1": 1 / p.stage1_batch}, learnt=THROUGH[:1]),
         "stage 2": Work(two * p.stage2_batch, {"stage 2": 1 / p.stage2_batch}, {"text encoder": 1}, {}, THROUGH),
-        "files": Work(p.images * tested, {"caption": 1, "code": q}, {**look, "compressor": 2 * q}, {"VAE encoder": q}),
+        "files": Work(p.images * tested, {"caption": q, "code": q}, coded, {"VAE encoder": q}),
         "decoding": Work(p.images * tested * q, {"judge": 1}, SEEN, {**LED, "UNet": 2 * p.steps}),
         "ablations": Work(p.ablation_images, {"caption": 1, "code": files, "judge": shown}, seen, own),
         "classic codecs": Work(p.images, {"open": 1, "classic": 1}, dict.fromkeys(SEEN, CLASSIC_FILES)),
@@ -208,7 +209,7 @@ def memory(plan: Plan) -> pd.DataFrame:
     """Bytes that a GPU holds in each job: weights with autocast's copies; activations, in bf16, for each picture."""
     c, rows = {part: count(part, plan.size, plan.family) for part in PARTS}, {}
     n = {part: cost.parameters for part, cost in c.items()}
-    diffusion, others = sum([*n.values()][:4]), 4 * sum([*n.values()][4:]) + 4 * n["machine A"]  # the codec's own A
+    diffusion, others = sum([*n.values()][:4]), 4 * sum([*n.values()][4:])
     trained = 20 * n["compressor"]  # with the gradient, two moments of AdamW, and the average
     fixed = {"preprocessing": 4 * (diffusion + n["captioner"] + n["machine A"]), "stage 1": trained}
     fixed["stage 2"] = 4 * (diffusion + n["machine A"]) + trained + 2 * sum(n[part] for part in THROUGH[1:])

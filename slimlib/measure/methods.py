@@ -98,14 +98,16 @@ def captions_of(batch: Batch, codec: SlimCodec, kind: str, quality: float) -> li
         right, label = captions_of(batch, codec, "auto", quality) * 2, batch.labels.tolist() * 2
         return [next((right[j] for j in range(i, i + count) if label[j] != label[i]), "") for i in range(count)]
     if kind == "auto":
-        return [codec.look(image, codec.encode(image), quality)[1] for image in batch.images]
+        return [file.report.caption or "" for file in files_of(batch, codec, kind, quality)]
     return codec.captioner.caption([roi_crop(image, m) for image, m in zip(batch.images, batch.mattes, strict=True)])
 
 
 @functools.lru_cache(maxsize=64)
 def files_of(batch: Batch, codec: SlimCodec, kind: str, quality: float) -> list[Decoded]:
     """The codec's own files, read again: what is decoded is what the bytes say."""
-    pairs = zip(batch.images, captions_of(batch, codec, kind, quality), strict=True)
+    count, at = len(batch.images), quality if kind == "wrong" else 0.0  # other words depend on no quality
+    words = ["auto"] * count if kind == "auto" else captions_of(batch, codec, kind, at)
+    pairs = zip(batch.images, words, strict=True)
     return [codec.read(codec.compress(image, quality, caption)) for image, caption in pairs]
 
 
