@@ -172,8 +172,7 @@ def test_the_evaluation_of_imagenet(experiment: dict[str, str]) -> None:
         "05_stage1_training": {"n_train": 16, "n_test": 24, "scene_index": 3, "train_steps": 24, "batch": 4},
         "06_stage2_training": {"n_train": 8, "n_test": 6, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 2}
         | {"scene_index": 3, "qualities": [0.4, 0.8]},
-        "07_evaluation": {"n_scenes": 4, "live_qualities": [0.4], "gallery_scenes": [3], "coverage_trials": 100}
-        | {"time_scenes": 1},
+        "07_evaluation": {"n_scenes": 4, "n_gallery": 1, "draws": 20, "coverage_trials": 100, "time_scenes": 1},
     }.items(),
 )
 def test_the_lessons_run_at_this_scale(name: str, small: dict, experiment: dict[str, str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Nothing on a page comes from elsewhere. `assets/explorer.html`, the static explo
 """
 
 import json
+import logging
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-ma
 root_doc, exclude_patterns = "README", ["run.py", "book/conf.py"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
+logging.getLogger("papermill").setLevel(logging.WARNING)
 nb_execution_mode = "off"  # what is shown is what was committed
 myst_enable_extensions, myst_heading_anchors = ["dollarmath", "deflist"], 4
 autodoc_member_order, autodoc_typehints = "bysource", "description"
@@ -43,7 +45,7 @@ EXPLORER = """
 
 <iframe src="explorer.html" title="the explorer" style="width: 100%; height: 46rem; border: 1px solid #8888"></iframe>
 
-[The explorer as a page of its own](explorer.html)
+<a href="explorer.html">The explorer as a page of its own</a>
 """
 
 
@@ -66,7 +68,7 @@ def read(app, name: str, source: list[str]) -> None:
         source[0] += "".join(map(parameters, NUMBERED))
     source[0] = source[0].replace("(../assets/scenes/CREDITS.md)", "(book/credits.md)")
     source[0] = source[0].replace("[assets/explorer.html](../assets/explorer.html)", "the first page")
-    source[0] = source[0].replace('"# Going further', '"## Going further')  # a chapter has one title
+    source[0] = re.sub('"# (Going further|Appendix)', r'"## \1', source[0])  # a chapter has one title
 
 
 def parameters(notebook: str) -> str:
