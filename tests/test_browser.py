@@ -269,7 +269,7 @@ def test_save_and_open_a_stream(tab: Tab, tmp_path: Path) -> None:
     tab.after(lambda: tab.page.get_by_role("button", name="reset").click())
     tab.after(lambda: tab.upload(".stream", saved))
     assert tab.state()[1] == picture and "saved.slim" in tab.text(".summary") and "file alone" in tab.text(".summary")
-    assert tab.page.get_by_label("stage 1").is_checked() and not tab.page.get_by_label("t0 follows").is_checked()
+    assert tab.page.get_by_label("stage 1").is_checked() and not tab.page.get_by_label("t0 and K follow").is_checked()
     *most, last = saved.read_bytes()
     (tmp_path / "damaged.slim").write_bytes(bytes([*most, last ^ 1]))
     tab.upload(".stream", tmp_path / "damaged.slim")
