@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from train import pocket_cache
+from train import TEACHERS, pocket_cache
 
 from slimlib.caption import Captioner
 from slimlib.compressor import LatentCompressor
@@ -86,7 +86,7 @@ def main() -> None:
     ldm = LatentDiffusion.from_pretrained(options.out / "ldm", "fp16")
     cache = pocket_cache(options.work / "cache", "val", options.scenes, ldm=ldm)
     captioner = Captioner.from_pretrained(options.out / "captioner", ldm.device)
-    teachers = {name: load_machine(str(options.out / name), ldm.device) for name in ("machine_a", "machine_a2")}
+    teachers = {name: load_machine(str(options.out / name), ldm.device) for name in TEACHERS}
     for name in options.compressors:
         folder = options.out / name
         table = measure(LatentCompressor.from_pretrained(folder, ldm.device), ldm, captioner, teachers, cache)
