@@ -150,7 +150,7 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
     if isinstance(scenes, ImageNetScenes):  # results of other pictures go elsewhere, as do those of other weights
         data += f"{scenes.pictures.fingerprint()} {scenes.protocol} {scenes.size}"
     count, few = options.counts()
-    eyes = list(filter(None, (scale.machine_a, scale.machine_a2, scale.machine_b, scale.machine_c, scale.machine_d)))
+    eyes = list(filter(None, (getattr(scale, f"machine_{name}") for name in methods.MACHINES)))
     first, jobs = None, []
     for name, folder in there.items():
         if name in methods.PIXEL_FOLDERS and name in only:

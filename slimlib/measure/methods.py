@@ -35,6 +35,7 @@ from slimlib.scales import Scale
 from slimlib.stream import FIXED_BYTES, unpack
 from slimlib.utils import autocast
 
+MACHINES = ("a", "a2", "b", "c", "d")  # their names in the tables; a scale may lack some
 SPENT = ["size", "payload", "caption", "hyper", "latent", "roi_bits", "encode_ms", "decode_ms"]
 QUALITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SLIM_FOLDERS = {
@@ -228,7 +229,7 @@ def words(name: str, codec: SlimCodec, machine: Machine, key: str = "") -> Metho
 
 def open_machines(scale: Scale, device: str | torch.device | None = None, published: bool = False) -> dict[str, Any]:
     """The machines of a scale by their names, such as "a" and "b"; `published`: they look as their makers did."""
-    names = {name: getattr(scale, f"machine_{name}") for name in ("a", "a2", "b", "c", "d")}
+    names = {name: getattr(scale, f"machine_{name}") for name in MACHINES}
     machines: dict[str, Any] = {name: load_machine(place, device) for name, place in names.items() if place}
     return {name: AsPublished(one) for name, one in machines.items()} if published else machines
 
