@@ -8,7 +8,7 @@ from slimlib import SlimCodec
 from slimlib.data.scenes import CLASSES, PocketScenes
 from slimlib.machines import load_machine
 from slimlib.measure import plots
-from slimlib.measure.baselines import nearest_size
+from slimlib.measure.baselines import best_within
 from slimlib.scales import ASSETS, Scale
 from slimlib.utils import quiet_libraries
 
@@ -27,7 +27,7 @@ def main() -> None:
         scene = test[index]
         stream = codec.compress(scene.image, QUALITY)
         report = codec.inspect(stream)
-        webp, webp_image = nearest_size(scene.image, "webp", len(stream))
+        webp, webp_image = best_within(scene.image, "webp", len(stream))
         decoded = codec.decompress(stream)
         plots.show(row[0], scene.image, f"scene: {CLASSES[scene.label]}")
         plots.show_map(row[1], scene.image, report.bit_map, "where the bits went")

@@ -82,9 +82,7 @@ class CompressorConfig:
         walks = np.array(self.walks, float)
         sound = walks.shape == (len(walks), 4) and len(walks) and np.isfinite(walks).all() and walks[0, 0] == 0
         if not sound or (np.diff(walks[:, 0]) <= 0).any():
-            raise ValueError(
-                f"walks must be rows of [quality, t0, K, guidance], rising from quality 0, not {self.walks}."
-            )
+            raise ValueError(f"walks must be rows [quality, t0, K, guidance], rising from quality 0, not {self.walks}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> CompressorConfig:

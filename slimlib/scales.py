@@ -47,8 +47,8 @@ class Scale:
 
         Parts may be changed behind a comma: "paper,size=512,captioner=owner/name@revision".
         """
-        if "," in str(name) and not Path(name).is_dir():
-            head, *pairs = str(name).split(",")
+        head, *pairs = re.split(r",(?=\w+=)", str(name))  # a folder's name may hold a comma, too
+        if pairs and not Path(name).is_dir():
             changes: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs)
             known = {field.name for field in fields(Scale)}
             if not all(changes.values()) or changes.keys() - known or not changes.get("size", "8").isdecimal():

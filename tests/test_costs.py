@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slimlib.__main__ import main
 from slimlib.machines import Machine
 from slimlib.measure import costs, methods
-from slimlib.measure.costs import PARTS, Plan, build, count, decoding, published
+from slimlib.measure.costs import PARTS, Plan, build, count, published
 from slimlib.roi import gradcam
 
 
@@ -97,7 +97,7 @@ def test_work_counts_what_the_evaluation_does() -> None:
     assert [job.times for job in work.values()] == [200_000, 2 * 64, 2 * 5 * 16, 7 * 3, 7 * 3 * 3, 7]
     found = costs.operations(plan)
     encoder, decoder, unet, words, _, a, b, compressor = part.values()
-    assert decoding(plan) == 8 * unet.forward + words.forward + decoder.forward == found.bf16["decoding"]
+    assert 8 * unet.forward + words.forward + decoder.forward == found.bf16["decoding"]
     assert found.loc["decoding", ["TF32", "float32"]].sum() == a.forward + b.forward
     assert found.bf16["files"] == 3 * encoder.forward, "once a file"
     captioner, matte = part["captioner"].forward, a.forward

@@ -27,9 +27,9 @@ from tiny_codec import TINY, make_world, picture
 from slimlib.__main__ import main
 from slimlib.compressor import LatentCompressor
 from slimlib.explorer import serve
-from slimlib.explorer.engine import Explorer, Settings, bits_picture, curves_of, largest_within, roi_picture
+from slimlib.explorer.engine import Explorer, Settings, bits_picture, curves_of, roi_picture
 from slimlib.explorer.page import PHOTO, Newest, Page
-from slimlib.measure.baselines import CODECS, encode_classic
+from slimlib.measure.baselines import CODECS, encode_classic, largest_within
 from slimlib.measure.plots import error_picture
 from slimlib.stream import StreamError
 

@@ -21,6 +21,7 @@ from PIL import Image
 from slimlib.data import imagenet
 from slimlib.data.imagenet import (
     CLASS_NAMES,
+    TUNE,
     WNIDS,
     AsPublished,
     ImageNetScenes,
@@ -340,10 +341,22 @@ def test_subsets_grow_and_do_not_repeat(folder: Path) -> None:
     assert prints[4] != Pictures.open(str(folder), "validation", "", 4, seed=1).fingerprint()
 
 
+def test_training_pictures_to_choose_by_are_never_trained_on() -> None:
+    for total, held in ((50, 5), (300_000, TUNE)):
+        train, tune = subset(total, None, split="train"), subset(total, None, split="tune")
+        assert len(tune) == held and sorted(train + tune) == list(range(total))
+        assert train == sorted(train) and {*subset(total, held, 7, "tune")} == {*tune} and tune != list(range(held))
+        assert not {*subset(total, 20, 3, "train")} & {*tune}
+        assert subset(total, 20, 3, "train")[:9] == subset(total, 9, 3, "train")
+    with pytest.raises(ValueError, match="1 to 5"):
+        subset(50, 6, split="tune")
+
+
 def test_protocols() -> None:
     image = Image.new("RGB", (300, 200), "black")
     image.paste("white", (50, 0, 250, 200))  # the central square
-    crop, squash = (np.asarray(prepare(image, protocol, 256)) for protocol in imagenet.PROTOCOLS)
+    crop, squash, full = (np.asarray(prepare(image, protocol, 256)) for protocol in imagenet.PROTOCOLS)
+    assert (full == crop).all()
     assert crop.shape == squash.shape == (256, 256, 3)
     assert crop[:, 2:-2].min() == 255, "nothing but the centre; its edge is resampled with what is beyond"
     assert squash[0, 0, 0] == 0 and squash[128, 128, 0] == 255 and abs(int((squash[128, :, 0] > 127).sum()) - 171) <= 1
@@ -368,6 +381,8 @@ def test_machines_look_as_their_makers_did(machine: Machine, crop_pct: float, in
     assert (expected - found).abs().max() < 0.2 * (expected - plain).abs().max()
     AsPublished(machine)((torch.rand(1, 3, 100, 100) > 0.5).float())
     assert seen[-1].shape[-1] == 64 and 0 <= seen[-1].min() and seen[-1].max() <= 1, "as bytes, it does not overshoot"
+    full = AsPublished(machine, full=True)
+    assert torch.equal(full(x), machine.net((x - machine.mean) / machine.std)) and len(full.top5(x)) == 5
 
 
 # ---- scenes ---------------------------------------------------------------------------------------------------------
@@ -400,5 +415,6 @@ def test_scenes_of_the_pocket_world() -> None:
     for word in ("", "pocket"):
         scenes = open_scenes(pocket, "test", 4, word)
         assert isinstance(scenes, PocketScenes) and (scenes.split, scenes.size) == ("test", 64)
+    assert open_scenes(pocket, "tune", 4).split == "val"  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="name ImageNet in `data`"):
         open_scenes(replace(pocket, machine_a="resnet50.tv_in1k"), "test", 4)

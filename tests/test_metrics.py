@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from slimlib.measure.metrics import NoOverlap, accuracy_at, bd_accuracy, bd_rate, compare, frontier, interval
+from slimlib.measure.metrics import NoOverlap, accuracy_at, bd_accuracy, bd_rate, compare, frontier, interval, mcnemar
 from slimlib.scales import ASSETS
 
 RATES, ACCURACIES = np.array([0.1, 0.2, 0.4, 0.8]), np.array([40.0, 60, 75, 85])
@@ -159,3 +159,20 @@ def test_a_refused_comparison_says_why() -> None:
     assert math.isnan(flat["bd_rate"]) and math.isnan(flat["bd_rate_high"]) and "3 points" in flat["refused"]
     far = compare(curve(sizes, shares), curve([9, 10, 11], [0.4, 0.5, 0.8]), draws=5)
     assert far["bd_rate"] < -90 and math.isnan(far["bd_accuracy"]) and "rates 100 to 800, the other 9" in far["refused"]
+
+
+def test_mcnemars_test_at_the_lowest_common_rate() -> None:
+    """20 scenes; at 50 bytes one method is right in 8 more and in 1 fewer; no other rates are so near."""
+    anchor, test = np.zeros((2, 20)), np.zeros((2, 20))
+    anchor[1, :10], test[0, 1:18], test[1, :] = 1, 1, 1
+    sizes = np.array([[10.0], [50.0]]) * np.ones((2, 20)), np.array([[49.0], [51.0]]) * np.ones((2, 20))
+    found = mcnemar((sizes[0], 100 * anchor), (sizes[1], 100 * test))
+    assert (found["at_bytes"], found["won"], found["lost"]) == (50, 8, 1)
+    assert found["p"] == pytest.approx(2 * (1 + 9) / 2**9)
+    assert mcnemar((sizes[0], anchor), (sizes[0], anchor))["p"] == 1
+    assert math.isnan(mcnemar((sizes[0], anchor), (sizes[1] + 9, test))["p"]), "it spends more everywhere"
+    for rate, expected in ((9.5, 10), (5.0, 50)):  # both are near: the lower rate; else the nearest
+        sizes[1][0] = rate
+        sizes[1][1] = 49
+        assert mcnemar((sizes[0], anchor), (sizes[1], test))["at_bytes"] == expected
+    assert math.isnan(mcnemar((sizes[0][:, :0], anchor[:, :0]), (sizes[1][:, :0], test[:, :0]))["p"]), "no scenes"

@@ -193,8 +193,10 @@ def test_scales_and_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     Path("a,size=8/compressor").mkdir(parents=True)
     assert Scale.from_name("a,size=8").size == 128, "a folder of that name comes first"
+    Path("b,c/compressor").mkdir(parents=True)
+    assert Scale.from_name("b,c,size=64,ldm=/d,e") == replace(Scale.from_name("b,c"), size=64, ldm="/d,e")
     for wrong in ("own,size", "own,size=large", "own,vae=x", "own,,"):
-        with pytest.raises(ValueError, match=r"expected NAME,PART=MODEL"):
+        with pytest.raises(ValueError, match=r"expected NAME,PART=MODEL|unknown scale"):
             Scale.from_name(wrong)
 
 

@@ -41,7 +41,7 @@ from slimlib.entropy import RangeDecoder, RangeEncoder
 from slimlib.images import to_images, to_tensor
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
-from slimlib.measure.costs import Plan, as_text, build, decoding, published
+from slimlib.measure.costs import Plan, as_text, build, published
 from slimlib.measure.costs import operations as counted_operations
 from slimlib.measure.doctor import free_memory
 from slimlib.measure.evaluation import evaluate
@@ -216,7 +216,7 @@ def operations(codec: SlimCodec, size: int, steps: Sequence[int]) -> dict[str, f
     for family in ("sd21", "sd15"):
         if known[f"unet_{family}"] == parameters:
             plan = Plan(size, family, qualities=1)
-            decode = {f"decode, K = {k}": decoding(replace(plan, steps=k)) for k in steps}
+            decode = {f"decode, K = {k}": counted_operations(replace(plan, steps=k)).bf16["decoding"] for k in steps}
             jobs = counted_operations(plan).sum(axis=1)
             return {**jobs, "encode": jobs["files"], **decode}
     return {}

@@ -261,10 +261,10 @@ class Options:
 
     data: str = option(MISSING, "ImageNet's folder or a split's, shards (...*.tar), hub:owner/name; or pocket")
     out: Path = option(MISSING, "folder of the cache")
-    split: Literal["train", "validation"] = option("train", "of the data")
+    split: Literal["train", "tune", "validation"] = option("train", "of the data; tune: training pictures to choose by")
     n: int | None = option(None, "pictures, drawn by --seed; of PocketScenes the first (default: all)")
     seed: int = option(0, "of the draw, or of PocketScenes")
-    protocol: Literal["crop", "squash"] = option("crop", "how squares are made of ImageNet's pictures")
+    protocol: Literal["crop", "squash", "full"] = option("crop", "how squares are made of ImageNet's pictures")
     scale: str = option("paper", "paper, pocket, or a folder of models; or such as paper,size=512,ldm=owner/name")
     roi: Literal["gradcam", "clipseg"] = option("gradcam", "region of interest; PocketScenes have their exact matte")
     clipseg: str = option("CIDAS/clipseg-rd64-refined", "the model for --roi clipseg")
@@ -283,7 +283,7 @@ def command(options: Options) -> int:
     given: dict[str, Any] = {"ldm": LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)}
     about["vae"] = digest(given["ldm"].vae).hex()[:8]
     if options.data == "pocket":
-        split = "val" if options.split == "validation" else options.split
+        split = "train" if options.split == "train" else "val"
         scenes: Any = PocketScenes(split, scale.size, options.seed, options.n)
         about["data"] = scenes.fingerprint()
     else:

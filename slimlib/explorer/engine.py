@@ -10,8 +10,7 @@ import base64
 import contextlib
 import functools
 import io
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from slimlib.data.scenes import CLASSES, PocketScenes
 from slimlib.images import as_rgb, to_images
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import load_machine
-from slimlib.measure.baselines import SCALES, PixelCodec, decode_classic, downscale, encode_classic
+from slimlib.measure.baselines import PixelCodec, best_within, largest_within
 from slimlib.measure.evaluation import RESULTS, WORDS, judged, read_table
 from slimlib.measure.methods import CLASSIC_NAMES, PIXEL_FOLDERS, SLIM_FOLDERS, open_codec
 from slimlib.measure.plots import COLOURS, PART_COLOURS, error_picture
@@ -220,9 +219,8 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
     def _source(self, name: str, image: Image.Image, matte: np.ndarray | None = None, truth: str = "") -> Source:
         codec = self.codec(self.weights[0])
         cam, words = codec.look(image, codec.encode(image), 0.5)
-        return Source(
-            name, image, roi_picture(image, object_box(cam), matte), truth, words, self.guess(image, bool(truth))
-        )
+        marked, seen = roi_picture(image, object_box(cam), matte), self.guess(image, bool(truth))
+        return Source(name, image, marked, truth, words, seen)
 
     @torch.inference_mode()
     def _decode(self, stream: bytes, settings: Settings, source: Source | None = None) -> Iterator[View]:
@@ -254,10 +252,9 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
             data = largest_within(lambda step: codec.compress(source.image, step / 255), 255, size)
             image = codec.decompress(data)
         else:
-            data, image = _classic_within(source.image, name, size)
-        return Rival(
-            CLASSIC_NAMES.get(name, name), len(data), len(data) <= size, image, self.guess(image, bool(source.truth))
-        )
+            data, image = best_within(source.image, name, size)
+        seen = self.guess(image, bool(source.truth))
+        return Rival(CLASSIC_NAMES.get(name, name), len(data), len(data) <= size, image, seen)
 
 
 def _remember_latent(ldm: LatentDiffusion) -> None:
@@ -276,27 +273,6 @@ def _remember_latent(ldm: LatentDiffusion) -> None:
 def open_photo(data: bytes, name: str = "the file") -> Image.Image:
     """A photograph as the explorer takes it, by `as_rgb`: its sides scaled down to at most LONG_SIDE pixels."""
     return as_rgb(data, MAX_UPLOAD, name, LONG_SIDE)
-
-
-def largest_within(encode: Callable[[int], bytes], top: int, size: int) -> bytes:
-    """The file of the highest setting, 0 to `top`, that has at most `size` bytes; that of 0 if none has.
-
-    Bisection: it takes for granted that files grow with the setting.
-    """
-    encode = functools.cache(encode)
-    return encode(bisect_right(range(1, top + 1), size, key=lambda setting: len(encode(setting))))
-
-
-def _classic_within(image: Image.Image, codec: str, size: int) -> tuple[bytes, Image.Image]:
-    """Of all sizes that a classic codec may shrink the picture to, the file within the budget with the least error."""
-
-    def cost(file: tuple[bytes, Image.Image]) -> tuple[int, float]:
-        error = np.asarray(file[1], np.float64) - np.asarray(image, np.float64)
-        return max(0, len(file[0]) - size), float((error**2).mean())
-
-    encoders = (functools.partial(encode_classic, downscale(image, scale), codec) for scale in SCALES)
-    files = (largest_within(encode, 100, size) for encode in encoders)
-    return min(((data, decode_classic(data, image.size)) for data in files), key=cost)
 
 
 def data_url(image: Image.Image, **how: Any) -> str:

@@ -1,6 +1,6 @@
 """What SLIM is compared with: the classic codecs, and a learned codec that works on pixels.
 
-Classic codecs come as fair as we can make them: at any quality, or the file nearest to a budget. At 128 px
+Classic codecs come as fair as we can make them: at any quality, or the best file within a budget. At 128 px
 headers weigh: a JPEG spends some 290 bytes on them, more than half of its smallest file. So results are shown
 twice, for whole files and for `payload_bytes`, which is generous: a decoder needs the headers too.
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import io
-from bisect import bisect_left
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from slimlib.images import to_images, to_tensor
 from slimlib.stream import StreamHeader, pack, unpack
 
 CODECS = ("jpeg", "webp", "avif", "jpegxl", "jpeg2000")
-SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # sizes that `nearest_size` tries, as a share of the picture's sides
+SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # sizes that `best_within` tries, as a share of the picture's sides
 
 # ------------------------------------------------------------------------------------------- the classic codecs
 
@@ -71,26 +72,28 @@ def downscale(image: Image.Image, scale: float) -> Image.Image:
     return image.resize(sides, Image.Resampling.BICUBIC)
 
 
-def nearest_size(image: Image.Image, codec: str, target_bytes: int) -> tuple[bytes, Image.Image]:
-    """The file whose size comes nearest to a budget of bytes, headers and all, and what it shows, at the original size.
+def largest_within(encode: Callable[[int], bytes], top: int, size: int) -> bytes:
+    """The file of the highest setting, 0 to `top`, that has at most `size` bytes; that of 0 if none has.
 
-    It may hold a smaller picture that is enlarged again. Of the sizes that come within 10% of the budget, the one with
-    the least squared error; if none does (the codec may be unable to go so low), the nearest.
+    Bisection: it takes for granted that files grow with the setting.
     """
-    candidates = [_nearest_quality(image, codec, target_bytes, scale) for scale in SCALES]
-    fitting = [c for c in candidates if abs(len(c[0]) - target_bytes) <= 0.1 * target_bytes]
-    if not fitting:
-        return min(candidates, key=lambda c: abs(len(c[0]) - target_bytes))
-    original = np.asarray(image, np.float64)
-    return min(fitting, key=lambda c: float(((np.asarray(c[1], np.float64) - original) ** 2).mean()))
+    encode = functools.cache(encode)
+    return encode(bisect_right(range(1, top + 1), size, key=lambda setting: len(encode(setting))))
 
 
-def _nearest_quality(image: Image.Image, codec: str, target: int, scale: float) -> tuple[bytes, Image.Image]:
-    """Bisection over the quality, then the nearest of the neighbours (sizes are not quite monotone)."""
-    encode = functools.cache(functools.partial(encode_classic, downscale(image, scale), codec))
-    at = bisect_left(range(100), target, key=lambda quality: len(encode(quality)))
-    best = min(map(encode, range(max(0, at - 2), min(100, at + 1) + 1)), key=lambda data: abs(len(data) - target))
-    return best, decode_classic(best, image.size)
+def best_within(image: Image.Image, codec: str, size: int) -> tuple[bytes, Image.Image]:
+    """Of all sizes that a classic codec may shrink a picture to, the file of at most `size` bytes with the least error.
+
+    Headers count. Returns it with what it shows, at the original size; the smallest file where none is small enough.
+    """
+
+    def cost(file: tuple[bytes, Image.Image]) -> tuple[int, float]:
+        error = np.asarray(file[1], np.float64) - np.asarray(image, np.float64)
+        return max(0, len(file[0]) - size), float((error**2).mean())
+
+    encoders = (functools.partial(encode_classic, downscale(image, scale), codec) for scale in SCALES)
+    files = (largest_within(encode, 100, size) for encode in encoders)
+    return min(((data, decode_classic(data, image.size)) for data in files), key=cost)
 
 
 def payload_bytes(data: bytes, codec: str) -> int:

@@ -200,11 +200,6 @@ def operations(plan: Plan) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["bf16", "TF32", "float32"])
 
 
-def decoding(plan: Plan) -> float:
-    """Operations of decoding one picture."""
-    return sum(n * count(part, plan.size, plan.family).forward for part, n in work(plan)["decoding"].half.items())
-
-
 def memory(plan: Plan) -> pd.DataFrame:
     """Bytes that a GPU holds in each job: weights with autocast's copies; activations, in bf16, for each picture."""
     c, rows = {part: count(part, plan.size, plan.family) for part in PARTS}, {}

@@ -64,7 +64,8 @@ class Options:
 
     scale: str = option("pocket", "pocket, paper, or a folder of models; or such as paper,size=512")
     data: str = option("", "ImageNet: its folder, shards '...{split}...tar', or hub:owner/name (default: PocketScenes)")
-    protocol: Literal["crop", "squash"] = option("crop", "how ImageNet's pictures become squares")
+    split: Literal["test", "tune"] = option("test", "tune: the scenes by which settings are chosen, never the test's")
+    protocol: Literal["crop", "squash", "full"] = option("crop", "how ImageNet's pictures become squares, and are seen")
     seed: int = option(0, "of the draw of ImageNet's pictures")
     scenes: int | None = option(None, "scenes for the curves (default: 65; to reproduce, 1300)")
     variants: list[str] = option([], "ablations: all, or such as 'no diffusion' (default: none; to reproduce, all)")
@@ -72,7 +73,7 @@ class Options:
     qualities: list[float] = option(list(QUALITIES), "of the learned codecs")
     only: list[str] = option([], "these methods alone, such as SLIM hyperprior JPEG")
     reproduce: bool = option(False, "everything, into the shipped tables")
-    work: Path = option(Path("runs/evaluation"), "folder of the results by scene")
+    work: Path = option(Path("runs/evaluation"), "folder of the results by scene, for each device and torch")
     out: Path | None = option(None, "folder that gets the tables (default: they are only shown)")
     batch: int = option(BATCH, "scenes that go through the networks together")
     bf16: bool = option(False, "compute the diffusion model in bfloat16")
@@ -94,19 +95,20 @@ def command(options: Options) -> int:
     scale, device = Scale.from_name(options.scale), pick_device(options.device)
     machines = methods.open_machines(scale, device)
     draw = (max(options.counts()), options.data, options.protocol, options.seed)
-    scenes = open_scenes(scale, "test", *draw, machines["a"])
+    scenes = open_scenes(scale, options.split, *draw, machines["a"])
     lost = 0
     if isinstance(scenes, ImageNetScenes):
-        machines = {name: AsPublished(machine) for name, machine in machines.items()}
+        machines = {name: AsPublished(one, options.protocol == "full") for name, one in machines.items()}
         scenes.pictures, lost = scenes.pictures.readable(options.work)
         if lost:
             print(f"{lost} pictures cannot be read, and are left out: {options.work}/unreadable-*.txt says why")
-    else:
+    elif options.split == "test":
         scenes = with_unseen(scenes)  # type: ignore[arg-type]
     wanted = all_jobs(options, scale, scenes, machines["a"])
     jobs = [(method, min(n, len(scenes)) if lost else n) for method, n in wanted]
     show = not options.quiet and rank_and_world()[0] == 0
-    results = evaluate(scenes, jobs, machines, options.work, show, options.batch)
+    store = options.work / f"{device.type}-torch-{torch.__version__.partition('+')[0]}"  # others round otherwise
+    results = evaluate(scenes, jobs, machines, store, show, options.batch)
     if len(results) < sum(n * len(method.settings) for method, n in jobs):
         print("other processes are still at work: the last one writes the tables, or the same command given again does")
         return 0
@@ -147,6 +149,7 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
     asked, only = options.variants or ["all"], options.only or names
     variants = [name for name in VARIANTS if name and (name in asked or "all" in asked)]
     dtype, data = torch.bfloat16 if options.bf16 else torch.float32, "bf16" * options.bf16
+    data += options.split * (options.split != "test")
     if isinstance(scenes, ImageNetScenes):  # results of other pictures go elsewhere, as do those of other weights
         data += f"{scenes.pictures.fingerprint()} {scenes.protocol} {scenes.size}"
     count, few = options.counts()
@@ -377,9 +380,7 @@ def all_comparisons(results: pd.DataFrame) -> pd.DataFrame:
         if variant and of.quality.nunique() > 2:
             curves[f"{main} ({variant})"] = of
             pairs.append((main, f"{main} ({variant})"))
-    pairs += [
-        (anchor, f"{main} (no caption)") for anchor in ("hyperprior", BEST_CLASSIC)
-    ]  # what the picture alone does
+    pairs += [(name, f"{main} (no caption)") for name in ("hyperprior", BEST_CLASSIC)]  # what the picture alone does
     return pd.DataFrame(
         {"anchor": anchor, "test": test, "machine": name.removeprefix("top1_")}
         | compare(curves[anchor], curves[test], name.removeprefix("top1_"))

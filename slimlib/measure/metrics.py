@@ -129,8 +129,8 @@ def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws:
 
     Returns:
         scenes; bd_rate in percent, bd_rate_low, bd_rate_high; from_accuracy, to_accuracy, overlap, the range it was
-        taken over and its share of the whole; bd_accuracy in points, bd_accuracy_low, bd_accuracy_high; refused, the
-        reason why a delta is missing (NaN), or "".
+        taken over and its share of the whole; lost_draws, those left out for bd_rate; bd_accuracy in points,
+        bd_accuracy_low, bd_accuracy_high; what `mcnemar` says; refused, the reason why a delta is missing (NaN), or "".
     """
     hits = f"top1_{machine}"
     sides = [side.pivot(index=["method", "variant", "quality"], columns="scene") for side in (anchor, test)]
@@ -159,4 +159,24 @@ def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws:
         found |= {name: whole.value, f"{name}_low": float(low), f"{name}_high": float(high)}
         if name == "bd_rate":
             found |= {"from_accuracy": whole.low, "to_accuracy": whole.high, "overlap": whole.overlap}
-    return found | {"refused": refused}
+            found["lost_draws"] = draws - len(others)
+    return found | mcnemar(*points) | {"refused": refused}
+
+
+def mcnemar(anchor: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """The paired test at a fixed rate (McNemar, 1947, exact): do the two methods fail on the same pictures?
+
+    Of the pairs of settings in which `test` spends no more bytes than `anchor`, and at least 90%, that of the lowest
+    rate is compared; where there is none, the nearest. Both are (sizes, hits), (settings, scenes). Returns at_bytes,
+    the mean size of the anchor's files; won, lost, the scenes that `test` alone gets right, or wrong; and p, too small
+    where there are many pictures of each object: all count as independent.
+    """
+    sizes, others = anchor[0].sum(1), test[0].sum(1)  # of the same scenes
+    less = {(i, j): 1 - b / a for i, a in enumerate(sizes) for j, b in enumerate(others) if 0 < b <= a}
+    if not less:
+        return dict.fromkeys(("at_bytes", "won", "lost", "p"), math.nan)
+    one, other = min(less, key=lambda pair: (max(less[pair], 0.1), sizes[pair[0]]))
+    change = np.sign(test[1][other] - anchor[1][one])
+    won, lost = int((change > 0).sum()), int((change < 0).sum())
+    p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    return {"at_bytes": float(anchor[0][one].mean()), "won": won, "lost": lost, "p": float(p)}

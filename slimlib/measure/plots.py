@@ -66,11 +66,6 @@ def show_map(ax: Axes, image: Pixels, heat: np.ndarray, title: str = "") -> Axes
     return _bare(ax, title)
 
 
-def show_error(ax: Axes, original: Pixels, decoded: Pixels, title: str = "", full: float = 0.25) -> Axes:
-    """`error_picture` of two pictures."""
-    return show(ax, error_picture(original, decoded, full), title)
-
-
 def error_picture(original: Pixels, decoded: Pixels, full: float = 0.25) -> Image.Image:
     """Absolute error, mean of the three colours: black is none, white is `full` of the range or more."""
     error = np.abs(_array(original) - _array(decoded)).mean(2) / full
