@@ -70,6 +70,12 @@ def test_every_page_is_complete(site: Path, browser: Any) -> None:
     assert not wrong, "\n".join(dict.fromkeys(wrong))
 
 
+def test_what_is_built_by_hand_can_be_fetched(site: Path) -> None:
+    for chapter, file in (("02_latent_compression", "ch02.py"), ("README", "slim_by_hand.py")):
+        assert f'href="{file}"' in (site / f"{chapter}.html").read_text()
+        assert compile((site / file).read_text(), file, "exec")
+
+
 def test_the_search_finds_a_chapter(site: Path, browser: Any) -> None:
     tab = browser.new_page()
     tab.goto(f"{(site / 'search.html').as_uri()}?q=hyperprior")

@@ -36,11 +36,13 @@ SMALL: dict[str, dict[str, object]] = {
     | {"qualities": [0.4, 0.8]},
     "07_evaluation": {"n_scenes": 6, "n_gallery": 1, "draws": 20, "time_scenes": 1, "coverage_trials": 100},
     "08_bitrate_explorer": {"qualities": [0.2, 0.8], "caption_qualities": [0.5]},
+    "09_compressor_by_hand": {"n_train": 16, "n_test": 8, "train_steps": 6, "batch": 4, "qualities": [0.2, 0.8]},
     "10_pocket_scenes": {"size": 64},
     "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
     "12_paper_scale": {"sizes": [256], "n_pictures": 8, "train_steps": 4},
     "13_faster_diffusion": {"n_scenes": 3, "n_walks": 4, "train_steps": 3, "steps_tried": [1, 2, 8]}
     | {"qualities": [0.0]},
+    "14_grids_of_runs": {"values": [0.2, 1.0]},
     "solutions/00_wrong_caption": {"n_scenes": 2, "qualities": [0.5]},
     "solutions/01_keep_a_share": {"n_scenes": 24, "shares": [0.0, 0.1, 0.2, 1.0]},
     "solutions/02_adaptive_counts": {"n_scenes": 3, "n_fit": 8},
@@ -51,10 +53,12 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/06_flat_latents": {"n_scenes": 3, "descent_steps": 8, "n_noises": 2},
     "solutions/07_bd_accuracy": {},
     "solutions/08_smallest_file": {"scene_indices": [14, 43], "n_qualities": 3},
+    "solutions/09_bits_per_cell": {"n_scenes": 3},
     "solutions/10_two_objects": {"size": 128},
     "solutions/11_latent_bits": {},
     "solutions/12_how_many_pictures": {},
     "solutions/13_progressive": {"n_points": 2000},
+    "solutions/14_over_seeds": {"n_grids": 4000},
 }
 """For each notebook, by its path in notebooks/ without suffix: the parameters that make it run in seconds."""
 

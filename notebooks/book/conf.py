@@ -14,12 +14,14 @@ import papermill
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(HERE.parent)]
+
+import standalone  # noqa: E402
 
 project, author, html_title = "SLIM, step by step", "the authors of this repository", "SLIM, step by step"
 project_copyright = "MIT licence; the pictures' licences stand in assets/scenes/CREDITS.md"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]
-root_doc, exclude_patterns = "README", ["run.py", "book/conf.py"]
+root_doc, exclude_patterns = "README", ["run.py", "standalone.py", "book/conf.py"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -29,7 +31,8 @@ autodoc_member_order, autodoc_typehints = "bysource", "description"
 autodoc_default_options = {"members": True}
 
 html_theme, html_static_path, html_css_files = "furo", ["book.css"], ["book.css"]
-html_extra_path = [str(path) for path in [REPO / "assets/explorer.html"] if path.exists()]
+BY_HAND = standalone.write(REPO / "runs/by_hand")  # what the chapters build, as Python files
+html_extra_path = [str(path) for path in [REPO / "assets/explorer.html", *BY_HAND] if path.exists()]
 html_theme_options = {"sidebar_hide_name": False}
 
 NUMBERED = sorted(path.stem for path in HERE.parent.glob("[0-9][0-9]_*.ipynb"))
@@ -45,7 +48,8 @@ EXPLORER = """
 
 <iframe src="explorer.html" title="the explorer" style="width: 100%; height: 46rem; border: 1px solid #8888"></iframe>
 
-<a href="explorer.html">The explorer as a page of its own</a>
+<a href="explorer.html">The explorer as a page of its own</a> ·
+<a href="slim_by_hand.py" download>The whole method, as the chapters build it, in one Python file</a>
 """
 
 
@@ -63,6 +67,11 @@ def read(app, name: str, source: list[str]) -> None:
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
                 cell["metadata"].setdefault("tags", []).append("hide-cell")
+        source[0] = json.dumps(notebook)
+    elif (file := f"ch{name[:2]}.py") in [path.name for path in BY_HAND]:
+        notebook = json.loads(source[0])
+        link = f'<a href="{file}" download>{file}</a>: what is built here by hand, as a file that needs no slimlib.'
+        notebook["cells"].append({"cell_type": "markdown", "id": "by-hand-file", "metadata": {}, "source": link})
         source[0] = json.dumps(notebook)
     elif name == "book/parameters":
         source[0] += "".join(map(parameters, NUMBERED))
