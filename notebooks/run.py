@@ -119,13 +119,14 @@ def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Strip in place what differs from run to run or from machine to machine; sources, outputs and ids stay.
 
     Goes: widget state and views (without the state a page shows an error in their place), papermill's and
-    the kernel's notes (paths, times), progress bars, all metadata of cells but tags and what hides them.
+    the kernel's notes (paths, times), progress bars, all metadata of cells but tags and what hides them. The place of
+    each cell in a slide show is set by `slide_types`.
     """
     CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a line, what came after its last carriage return
     notebook.metadata = nbformat.from_dict(METADATA)
-    for cell in notebook.cells:
+    for cell, slide in zip(notebook.cells, slide_types(notebook.cells), strict=True):
         kept = {name: cell.metadata[name] for name in ("tags", "jupyter") if cell.metadata.get(name)}
-        cell.metadata = nbformat.from_dict(kept)
+        cell.metadata = nbformat.from_dict(kept | {"slideshow": {"slide_type": slide}})
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
                 output.text = PROGRESS_BAR.sub("", output.text)
@@ -133,6 +134,25 @@ def clean_notebook(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             shown = [o for o in cell.outputs if WIDGET_VIEW not in o.get("data", {})]
             cell.outputs = [o for o in shown if o.get("text", "-").strip()]
     return notebook
+
+
+def slide_types(cells: list[nbformat.NotebookNode]) -> list[str]:
+    """Where each cell stands in a slide show, as nbconvert and RISE read it: the core, without imports and parameters.
+
+    A heading begins a slide, other prose one below it; code stands under the prose before it.
+    """
+    types, core, above = list[str](), True, ""  # the kind of the cell above, "" where that is left out
+    for cell in cells:
+        core = core and not cell.source.startswith("# Going further")
+        setup = "parameters" in cell.metadata.get("tags", []) or re.match(r"(import|from) ", cell.source)
+        if not core or setup or cell.source.startswith("The values that may be changed"):
+            types.append("skip")
+        elif cell.cell_type == "markdown":
+            types.append("slide" if cell.source.startswith(("# ", "## ")) else "subslide")
+        else:
+            types.append("-" if above == "markdown" else "subslide")
+        above = "" if types[-1] == "skip" else cell.cell_type
+    return types
 
 
 def unfinished(runs: Path, words: str) -> tuple[Path, dict]:

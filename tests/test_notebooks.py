@@ -120,6 +120,8 @@ def test_committed_as_a_reader_should_find_it(path: Path) -> None:
     found = re.findall(rf"(?<![\w.]){folders}|\bat 0x[0-9a-f]+", "\n".join(texts))
     assert not found, f"paths of a machine or addresses in memory: {found[:3]}"
     assert path.stat().st_size < 1_500_000, "smaller figures, or fewer"
+    slides = [cell.metadata.slideshow.slide_type for cell in notebook.cells]
+    assert slides == run.slide_types(notebook.cells), "run `make notebooks`"
 
 
 @each_notebook
@@ -130,6 +132,15 @@ def test_reads_well(path: Path) -> None:
     assert "ccc" not in kinds, f"{cells[kinds.index('ccc') + 2].id}: a third code cell without prose"
     long = [c.id for c in cells if c.cell_type == "code" and len(c.source.splitlines()) > 40]
     assert not long, "more than 40 lines"
+
+
+def test_slides_are_of_the_core() -> None:
+    texts = ["# A", "import os", "values", "n: int = 1", "## One", "f()", "g()", "and", "h()", "# Going further", "i"]
+    cells = [new_markdown_cell(t) if t[0] == "#" or t in ("and", "values") else new_code_cell(t) for t in texts]
+    cells[2].source = "The values that may be changed"
+    cells[3].metadata = {"tags": ["parameters"]}
+    wanted = ["slide", *["skip"] * 3, "slide", "-", "subslide", "subslide", "-", "skip", "skip"]
+    assert run.slide_types(cells) == wanted
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +313,7 @@ def test_cleaning_keeps_what_was_said_and_drops_what_was_noise() -> None:
     clean_notebook(notebook)
     nbformat.validate(notebook)
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
-    assert cell.metadata == {"tags": ["parameters"]}
+    assert cell.metadata == {"tags": ["parameters"], "slideshow": {"slide_type": "skip"}}
     assert [output.get("text") for output in cell.outputs] == ["step 2\n\ndone\n", "mind this\n", None]
     assert cell.outputs[-1] == figure
     again = nbformat.writes(notebook)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 from PIL import Image
 from test_browser import CHROMIUM, FLAGS
 
-from slimlib.explorer.engine import Explorer
+from slimlib.explorer import static
+from slimlib.explorer.engine import Explorer, Settings, first_of
 from slimlib.explorer.static import build
+from slimlib.scales import ASSETS
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
 QUALITIES = (0.2, 0.8)
@@ -81,6 +84,25 @@ def test_bytes_words_and_pictures_are_the_codecs(page: Any, explorer: Explorer, 
     assert psnr(shown(page, 1), picture) > 27 and psnr(shown(page, 0), explorer.scene(index).image) > 27
     row = page.locator("#told tr", has_text="SLIM").inner_text()
     assert all(guess[0][0] in row for guess in explorer.guess(picture).values())
+
+
+def test_the_committed_page_is_of_these_sources_and_weights(explorer: Explorer) -> None:
+    """What `slim explore --static assets/explorer.html` would write: styles and scripts, curves, files and answers."""
+    page = (ASSETS / "explorer.html").read_text(encoding="utf-8")
+    sources = [Path(static.__file__).with_name(name).read_text() for name in ("look.css", "viewer.js", "static.js")]
+    assert all(source in page for source in sources), "write it anew"
+    known = json.JSONDecoder().raw_decode(page, page.index("const DATA = ") + len("const DATA = "))[0]
+    assert known["curves"] == explorer.constants()["curves"] and known["lines"] == explorer.constants()["lines"]
+    assert len(known["scenes"]) == 12 and known["qualities"] == list(static.QUALITIES)
+    indices = np.random.default_rng(0).permutation(len(explorer.scenes)).tolist()
+    for scene in known["scenes"][:2]:
+        index = next(i for i in indices if explorer.scenes[i].noun == scene["name"])
+        for quality, step in zip(known["qualities"], scene["steps"], strict=True):
+            if quality in (0.0, 0.4, 1.0):
+                settings = Settings(index, quality, weights=explorer.weights[0], caption=scene["words"]["right"])
+                *_, view = explorer.look(settings)
+                assert view.report.size == step["right"]["bytes"] and view.report.caption == scene["words"]["right"]
+                assert first_of(view.guesses["after"])["B"][0] == step["right"]["seen"]["B"][0]
 
 
 def test_choices_change_what_is_seen_and_the_address_and_back_undoes_them(page: Any) -> None:
