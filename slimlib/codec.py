@@ -135,6 +135,7 @@ class SlimCodec:
         prior = CaptionPrior.load(Path(scale.compressor) / CAPTION_PRIOR)
         ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
         if (adapters := Path(scale.compressor) / "unet_lora").is_dir():
+            ldm.stored = hashlib.sha256(ldm.fingerprint() + (adapters / LORA_WEIGHT_NAME_SAFE).read_bytes()).digest()
             ldm.unet.load_lora_adapter(adapters, prefix=None, weight_name=LORA_WEIGHT_NAME_SAFE)
         codec = cls(ldm, compressor, prior, exact=exact)
         codec._captioner_name = scale.captioner

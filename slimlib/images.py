@@ -76,7 +76,7 @@ def as_rgb(
             warnings.simplefilter("ignore")  # of damaged metadata, and of sizes: max_pixels is far stricter
             read: Any = _upright if isinstance(image, Image.Image) else _from_file
             return read(image, max_pixels, name, longest, unit)
-    except _Refused:
+    except (_Refused, MemoryError):  # the latter is the machine's fault, not the picture's
         raise
     except Exception as error:  # a decoder may raise anything
         why = " ".join(str(error).split()) or type(error).__name__
@@ -91,7 +91,7 @@ def _from_file(file: Any, *how: Any) -> Image.Image:
     file = file if file.seekable() else io.BytesIO(file.read(LARGEST_FILE))
     try:
         return _upright(Image.open(file), *how)
-    except _Refused:
+    except (_Refused, MemoryError):
         raise
     except Exception as error:
         file.seek(0)

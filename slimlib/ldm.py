@@ -58,7 +58,7 @@ class LatentDiffusion:
         self.latent_channels: int = vae.config.latent_channels
         self.dtype: torch.dtype = next(unet.parameters()).dtype
         self._shift: float = getattr(vae.config, "shift_factor", None) or 0.0
-        self._stored: bytes | None = None  # the fingerprint where the weights were rounded after loading
+        self.stored: bytes | None = None  # the fingerprint where the weights are others than in the files
         for model in (vae, unet, text_encoder):
             model.eval().requires_grad_(False)
         self.to(device)
@@ -89,7 +89,7 @@ class LatentDiffusion:
         stored = None if dtype == torch.float32 else digest(vae, unet, text)
         vae, unet, text = (model.to(dtype) for model in (vae, unet, text))
         ldm = cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
-        ldm._stored = stored
+        ldm.stored = stored
         return ldm
 
     def to(self, device: Device) -> LatentDiffusion:
@@ -245,7 +245,7 @@ class LatentDiffusion:
 
     def fingerprint(self) -> bytes:
         """A hash of the weights as they are stored, in whatever precision they compute."""
-        return self._stored or digest(self.vae, self.unet, self.text_encoder)
+        return self.stored or digest(self.vae, self.unet, self.text_encoder)
 
 
 def last(walk: Iterable[Tensor], start: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from fuzz_streams import fuzz
+from peft import LoraConfig
 from PIL import Image
 from tiny_codec import CAPTIONS, picture
 
@@ -29,6 +31,7 @@ from slimlib.compressor import LatentCompressor
 from slimlib.data.scenes import PocketScenes
 from slimlib.entropy import RangeEncoder
 from slimlib.images import as_rgb, to_images, to_tensor
+from slimlib.ldm import LatentDiffusion
 from slimlib.roi import object_box
 from slimlib.scales import Scale
 from slimlib.stream import StreamError, pack, unpack
@@ -237,6 +240,27 @@ def test_the_fingerprint_is_of_what_is_stored(codec: SlimCodec, tiny_codec_world
     assert half.fingerprint == codec.fingerprint and half.ldm.dtype == next(half.ldm.vae.parameters()).dtype == dtype
     stream = codec.compress(picture(), caption=None)
     assert half.inspect(stream).size == len(stream)
+
+
+def test_adapters_count_in_the_fingerprint_as_they_are_stored(
+    codec: SlimCodec, tiny_codec_world: Path, tmp_path: Path
+) -> None:
+    """They are loaded; streams of a codec without them are refused; in whatever precision it is the same codec."""
+    world = Path(shutil.copytree(tiny_codec_world, tmp_path / "world"))
+    unet = LatentDiffusion.from_pretrained(world / "ldm", device="cpu").unet
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
+    home = Path(Scale.from_name(world).compressor)
+    unet.save_lora_adapter(home / "unet_lora")
+    adapted, half = (SlimCodec.from_pretrained(world, "cpu", dtype=one) for one in (torch.float32, torch.bfloat16))
+    assert any("lora" in name for name, _ in adapted.ldm.unet.named_parameters())
+    assert adapted.fingerprint == half.fingerprint != codec.fingerprint
+    stream = adapted.compress(picture(), caption=None, t0=300, steps=1)
+    assert (
+        adapted.decompress(stream).tobytes()
+        != codec.decompress(codec.compress(picture(), caption=None, t0=300, steps=1)).tobytes()
+    )
+    with pytest.raises(StreamError, match="weights"):
+        codec.decompress(stream)
 
 
 def test_several_threads_may_use_codecs_at_once(codec: SlimCodec) -> None:

@@ -340,3 +340,16 @@ def test_altered_files_are_pictures_or_one_kind_of_error() -> None:
             assert as_rgb(data, name="altered").mode == "RGB"
         except ValueError as error:
             assert str(error).startswith("altered ")
+
+
+def test_a_machine_without_memory_is_not_a_damaged_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It says so as it is: a picture that is left out by a list would be left out for ever."""
+
+    def load(self: Any) -> None:
+        raise MemoryError("no room")
+
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(path)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError, match="no room"):
+        as_rgb(path)

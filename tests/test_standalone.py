@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,6 +73,22 @@ def test_any_symbols_come_back(by_hand: ModuleType) -> None:
         read.append(code)
     assert read == codes and len(codes) == 8 * 16 + 64 * 64 and len(set(codes)) > 3
     assert by_hand.decoded_latent(model, byte, read, (4, 4)).shape == (1, 4, 32, 32)
+
+
+def test_a_step_of_each_stage_trains_every_part(by_hand: ModuleType) -> None:
+    """On toys for the frozen networks: losses are finite, and encoder, decoder and integer network move."""
+    torch.manual_seed(0)
+    model, mix = by_hand.Compressor().train(), torch.nn.Conv2d(4, 3, 1)
+    unet = lambda z_t, t, encoder_hidden_states: SimpleNamespace(sample=0.1 * z_t + encoder_hidden_states.mean())  # noqa: E731
+    machine = lambda x: x.mean((2, 3))  # noqa: E731
+    z, m, abar = torch.randn(4, 4, 32, 32), torch.rand(4, 1, 32, 32).round(), torch.linspace(0.999, 0.01, 1000)
+    optimizer = by_hand.optimizer_for(model, 1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert all(map(math.isfinite, by_hand.train_step(model, optimizer, z, m, 4, 1e-3)))
+    how = torch.tensor([0, 1, 2, 0]), torch.randn(4, 7, 16), unet, mix, [machine, machine], abar
+    told = by_hand.stage2_step(model, optimizer, z, m, *how, lambda q: 0 if q > 0.5 else 400, 1e-3)
+    assert all(map(math.isfinite, told)) and told[1] > 0 and told[2] > 0
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
 
 
 @pytest.mark.parametrize(

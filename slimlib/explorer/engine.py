@@ -132,8 +132,8 @@ class Explorer:
         """A test scene. Raises IndexError if there is none of that number."""
         if index not in self._sources:
             scene = self.scenes[index]
-            known = scene.image, scene.matte, CLASSES[scene.label]
-            self._sources[index] = self._source(f"{index}: {scene.noun}", *known)
+            name, known = f"{index}: {scene.noun}", (scene.image, scene.matte, CLASSES[scene.label])
+            self._sources[index] = self._source(name, *known)
         return self._sources[index]
 
     def photo(self, data: bytes, name: str) -> Source:

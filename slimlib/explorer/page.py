@@ -326,7 +326,7 @@ class Page:
             "seed": widgets.BoundedIntText(max=2**32 - 1, description="seed"),
             "scene": widgets.BoundedIntText(43, max=len(self.explorer.scenes) - 1, description="scene"),
         }
-        self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif", description="a photograph …", icon="")
+        self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif,.heic", description="a photograph …", icon="")
         self.opener = widgets.FileUpload(accept=".slim", description="open .slim …", icon="")
         self.camera.add_class("photo")
         self.opener.add_class("stream")

@@ -236,7 +236,7 @@ def _unet(ldm: LatentDiffusion, pictures: list) -> str:
 def _accuracy(machine: Any, pictures: list, least: float) -> str:
     looking, known = AsPublished(machine), [(image, label) for image, label in pictures if label is not None]
     if not known:
-        return Note("it knows none of the classes here: give --data")
+        return Note("its classes are not those of these pictures: give --data")
     right = sum(int(looking(to_tensor(image).to(machine.mean.device)).argmax()) == label for image, label in known)
     said = f"{right} of {len(known)} right; at least {least}% expected"
     otherwise = "are these its weights, and is this the order of its classes?"

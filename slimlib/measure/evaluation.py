@@ -148,10 +148,10 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
         raise ValueError(f"there is no {', '.join(sorted(strange))}; of methods there are: {known}")
     asked, only = options.variants or ["all"], options.only or names
     variants = [name for name in VARIANTS if name and (name in asked or "all" in asked)]
-    dtype, data = torch.bfloat16 if options.bf16 else torch.float32, "bf16" * options.bf16
-    data += options.split * (options.split != "test")
+    dtype, seen = torch.bfloat16 if options.bf16 else torch.float32, options.split * (options.split != "test")
     if isinstance(scenes, ImageNetScenes):  # results of other pictures go elsewhere, as do those of other weights
-        data += f"{scenes.pictures.fingerprint()} {scenes.protocol} {scenes.size}"
+        seen += f"{scenes.pictures.fingerprint()} {scenes.protocol} {scenes.size}"
+    data = seen + "bf16" * options.bf16
     count, few = options.counts()
     eyes = list(filter(None, (getattr(scale, f"machine_{name}") for name in methods.MACHINES)))
     first, jobs = None, []
@@ -171,7 +171,7 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
                 jobs += [(methods.words(told, codec, machine, key), count) for told in WORDS]
                 jobs.append((methods.slim(name, codec, options.qualities, variants, key), few))
             jobs.append((methods.slim(name, codec, options.qualities, key=key), count if name in methods.MAIN else few))
-    jobs += [(methods.classic(codec, key=weights_key(*eyes, data=data)), count) for codec in methods.CLASSIC_NAMES]
+    jobs += [(methods.classic(codec, key=weights_key(*eyes, data=seen)), count) for codec in methods.CLASSIC_NAMES]
     jobs = [(method, n) for method, n in jobs if n and method.settings and method.name in only]
     if not jobs:
         raise ValueError(f"{', '.join(only)}: measured with the ablations only; say --variants or --ablation-scenes")

@@ -166,10 +166,9 @@ def compare(anchor: pd.DataFrame, test: pd.DataFrame, machine: str = "b", draws:
 def mcnemar(anchor: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     """The paired test at a fixed rate (McNemar, 1947, exact): do the two methods fail on the same pictures?
 
-    Of the pairs of settings in which `test` spends no more bytes than `anchor`, and at least 90%, that of the lowest
-    rate is compared; where there is none, the nearest. Both are (sizes, hits), (settings, scenes). Returns at_bytes,
-    the mean size of the anchor's files; won, lost, the scenes that `test` alone gets right, or wrong; and p, too small
-    where there are many pictures of each object: all count as independent.
+    Compared is the pair of settings of the lowest rate in which `test` spends 90 to 100% of `anchor`'s bytes, or the
+    nearest below. Both are (sizes, hits), (settings, scenes). Returns at_bytes, the mean size of the anchor's files;
+    won, lost, the scenes that `test` alone gets right, or wrong; and p, too small where many scenes show one object.
     """
     sizes, others = anchor[0].sum(1), test[0].sum(1)  # of the same scenes
     less = {(i, j): 1 - b / a for i, a in enumerate(sizes) for j, b in enumerate(others) if 0 < b <= a}
