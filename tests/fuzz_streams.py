@@ -2,14 +2,15 @@
 
     python tests/fuzz_streams.py 20000 [SEED]
 
-Each is refused by a StreamError or decoded, within `SECONDS` of processor time and within `stream`'s bound of pixels;
-anything else stops the run and shows the stream in hexadecimal.
+Each is refused by a StreamError or decoded, within `SECONDS` of processor time, `MEGABYTES` of memory and `stream`'s
+bound of pixels; anything else stops the run and shows the stream in hexadecimal.
 """
 
 from __future__ import annotations
 
 import binascii
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from slimlib.codec import SlimCodec  # noqa: E402
 from slimlib.stream import FREE_PIXELS, PIXELS_PER_BYTE, StreamError, padded, unpack  # noqa: E402
 from slimlib.utils import quiet_libraries  # noqa: E402
 
+MEGABYTES = 1000  # that decoding them may add to the process, on Linux
 SECONDS = 5.0  # for a stream of at most some 10,000 pixels, 100 steps and 300 bytes
 SIDES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 96, 97, 128, 1000, 1 << 13, (1 << 16) + 1, 1 << 20, 1 << 26, (1 << 26) + 1]
 NUMBERS = [0, 1, 2, 4, 99, 100, 101, 500, 999, 1000, 0xFFFF, 0x10000, 0xFFFFFFFF, 1 << 32, (1 << 35) - 1]
@@ -69,6 +71,7 @@ def forge(rng: random.Random, fingerprint: int, sound: list[bytes]) -> bytes:
 def fuzz(codec: SlimCodec, count: int, seed: int = 0) -> Counter[str]:
     """Forge `count` streams, and say what became of them; AssertionError if one broke a bound."""
     rng, found = random.Random(seed), Counter[str]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes
     codec.max_pixels = 96 * 96
     words = [None, *CAPTIONS, "京都 zeppelin"]
     pictures = [picture(64, 64, i) for i in range(4)]
@@ -93,6 +96,9 @@ def fuzz(codec: SlimCodec, count: int, seed: int = 0) -> Counter[str]:
         assert seconds < SECONDS, f"{seconds:.1f} s for {stream.hex()}"
         found[outcome] += 1
         found["slowest, ms"] = max(found["slowest, ms"], round(1000 * seconds))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    assert grown < MEGABYTES, f"{grown:.0f} MB more than before at the peak"
+    found["memory at the peak, MB more than before"] = round(grown)
     return found
 
 
