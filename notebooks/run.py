@@ -5,7 +5,8 @@
     python notebooks/run.py --write    these and their solutions, written back with outputs, ready to commit
     python notebooks/run.py 05 -p w_bg 0.02 0.05 0.2 -p seed 0 1    every combination of these parameters
 
-With parameters, what cells tagged `metrics` print (JSON) is gathered in metrics.csv and drawn in metrics.png.
+With parameters, what cells tagged `metrics` print (JSON) goes into a metrics.json beside each notebook; metrics.csv
+gathers all of them, and metrics.png draws them.
 A notebook that fails or hangs stops nothing else; the exit status tells (0: all well, 1: some failed). Where a run was
 killed, the same command goes on in its folder: what has ended well there, and is still the same notebook, counts.
 """
@@ -245,6 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
                 clean = clean_notebook(nbformat.read(result.output, as_version=4))
                 nbformat.validate(clean)
                 write_file(notebook, (nbformat.writes(clean).rstrip("\n") + "\n").encode())
+            if not result.problem and parameters:
+                found = {"parameters": parameters, "metrics": metrics_of(result.output)}
+                write_file(place / "metrics.json", (json.dumps(found, indent=1) + "\n").encode())
             if not result.problem:
                 done[name] = {"sources": sources(notebook), "row": rows[-1]}
                 write_file(folder / STATE, json.dumps(state).encode())

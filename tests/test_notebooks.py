@@ -256,6 +256,8 @@ def test_a_grid_of_parameters_ends_in_one_table(tmp_path: Path, capsys: pytest.C
     there = ["05", "--notebooks", str(source), "--runs", str(runs)]
     assert run.main([*there, "-p", "k", "3", "5"]) == 0
     (folder,) = runs.iterdir()
+    alone = json.loads((folder / "k=5" / "metrics.json").read_text())
+    assert alone == {"parameters": {"k": 5}, "metrics": {"double": 10, "name": "a"}}
     table = pd.read_csv(folder / "metrics.csv")
     assert table[["k", "double", "name"]].values.tolist() == [[3, 6, "a"], [5, 10, "a"]]
     assert (folder / "k=5/05_a.ipynb").exists() and (folder / "metrics.png").stat().st_size > 1000
