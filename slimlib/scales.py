@@ -47,9 +47,9 @@ class Scale:
 
         Parts may be changed behind a comma: "paper,size=512,captioner=owner/name@revision".
         """
-        head, *pairs = re.split(r",(?=\w+=)", str(name))  # a folder's name may hold a comma, too
-        if pairs and not Path(name).is_dir():
-            changes: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs)
+        if "," in str(name) and not Path(name).is_dir():
+            head, *pairs = re.split(r",(?=\w+=)", str(name))  # a folder's name may hold a comma, too
+            changes: dict[str, Any] = dict(pair.partition("=")[::2] for pair in pairs or [""])
             known = {field.name for field in fields(Scale)}
             if not all(changes.values()) or changes.keys() - known or not changes.get("size", "8").isdecimal():
                 raise ValueError(f"scale {str(name)!r}: expected NAME,PART=MODEL,..., with parts {sorted(known)}")
