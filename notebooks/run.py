@@ -63,8 +63,10 @@ def numbered(folder: Path = NOTEBOOKS, solutions: bool = False) -> list[Path]:
     return sorted(folder.glob(pattern)) + (sorted(folder.glob(f"solutions/{pattern}")) if solutions else [])
 
 
-def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, time_limit: float = 3600) -> Result:
-    """Execute a notebook by papermill in a subprocess, in the notebook's own folder; copy and log go into `folder`.
+def run_notebook(
+    notebook: Path, folder: Path, parameters: dict | None = None, time_limit: float = 3600, home: Path | None = None
+) -> Result:
+    """Execute a notebook by papermill in a subprocess, in `home` (its own folder); copy and log go into `folder`.
 
     Papermill only logs a misspelt parameter: whoever passes some compares them with `papermill.inspect_notebook`.
     After `time_limit` seconds the notebook and all its processes are killed.
@@ -73,7 +75,7 @@ def run_notebook(notebook: Path, folder: Path, parameters: dict | None = None, t
     output, log = folder / notebook.name, folder / f"{notebook.stem}.log"
     output.unlink(missing_ok=True)  # an older one must not pass for this run's
     command = [sys.executable, "-m", "papermill", str(notebook.resolve()), str(output.resolve()), "--no-progress-bar"]
-    command += ["--kernel", "python3", "--language", "python", "--cwd", str(notebook.resolve().parent)]
+    command += ["--kernel", "python3", "--language", "python", "--cwd", str((home or notebook.parent).resolve())]
     command += ["--parameters_yaml", yaml.safe_dump(parameters)] if parameters else []
     start, memory, problem = time.monotonic(), 0, f"stopped at the time limit of {time_limit:.0f} s"
     with log.open("wb") as sink, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as private:

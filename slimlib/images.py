@@ -188,7 +188,7 @@ def to_tensor(images: Image.Image | list[Image.Image]) -> Tensor:
 def to_images(x: Tensor) -> list[Image.Image]:
     """The reverse of `to_tensor`: (B, 3, H, W) in [0, 1], clipped, to RGB pictures; ValueError if not finite."""
     check_finite(x, "the picture")
-    pixels = (x.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = (x.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 
 

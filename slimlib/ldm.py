@@ -29,11 +29,7 @@ CLEAN = -1
 
 
 class LatentDiffusion:
-    """A frozen latent diffusion model in the Stable Diffusion folder layout, of the libraries' own objects.
-
-    `consistency`: the UNet is a latent consistency model (arXiv 2310.04378), made for few steps: `enhance` goes from t
-    to the clean latent, and back to the next time with fresh noise. So where the scheduler is LCM's.
-    """
+    """A frozen latent diffusion model in the Stable Diffusion folder layout, of the libraries' own objects."""
 
     def __init__(
         self,
@@ -43,7 +39,6 @@ class LatentDiffusion:
         tokenizer: Any,
         scheduler: DDIMScheduler,
         device: Device = None,
-        consistency: bool = False,
     ):
         config = scheduler.config
         if (kind := config.prediction_type) not in ("epsilon", "v_prediction"):
@@ -53,7 +48,7 @@ class LatentDiffusion:
                 "the scheduler clips, as for pixels: set clip_sample and thresholding to false in its config"
             )
         self.vae, self.unet, self.text_encoder = vae, unet, text_encoder
-        self.tokenizer, self.scheduler, self.consistency = tokenizer, scheduler, consistency
+        self.tokenizer, self.scheduler = tokenizer, scheduler
         self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent cell along one side
         self.latent_channels: int = vae.config.latent_channels
         self.dtype: torch.dtype = next(unet.parameters()).dtype
@@ -88,7 +83,7 @@ class LatentDiffusion:
         scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
         stored = None if dtype == torch.float32 else digest(vae, unet, text)
         vae, unet, text = (model.to(dtype) for model in (vae, unet, text))
-        ldm = cls(vae, unet, text, tokenizer, scheduler, device, config.get("_class_name") == "LCMScheduler")
+        ldm = cls(vae, unet, text, tokenizer, scheduler, device)
         ldm.stored = stored
         return ldm
 
@@ -232,15 +227,9 @@ class LatentDiffusion:
         with torch.no_grad():
             text = self.text(captions)
             z = self.add_noise(z_hat.to(self.device, self.dtype), starts, self.noise(z_hat.shape, seed))
-        for i, (t, t_next) in enumerate(pairwise(times), 1):
+        for t, t_next in pairwise(times):
             with torch.no_grad():  # entered anew for each step: a generator must not leave it set between two
-                if not self.consistency:
-                    z = self.ddim_step(z, t, t_next, text, guidance, batched)
-                else:
-                    z = self.predict(z, t, text, guidance, batched)[0]
-                    if i < len(times) - 1:
-                        fresh = seed + i if isinstance(seed, int) else [one + i for one in seed]
-                        z = self.add_noise(z, t_next, self.noise(z.shape, fresh))
+                z = self.ddim_step(z, t, t_next, text, guidance, batched)
             yield z
 
     def fingerprint(self) -> bytes:

@@ -37,6 +37,8 @@ def pick_device(device: Device = None) -> torch.device:
     found = torch.device(device or best)
     if found.type == "cuda" and (found.index is None or "LOCAL_RANK" in os.environ):
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(found)  # what forgets its device would take memory of the first one
     return found
 
 

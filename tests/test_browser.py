@@ -178,6 +178,36 @@ class Tab:
         assert not self.complaints
 
 
+FOCUSED = """() => { // what has the focus: its name, and how well its ring stands out from a white page
+  const e = document.activeElement, own = getComputedStyle(e);
+  const look = +own.opacity ? own : getComputedStyle(e.parentElement); // the handle itself is not drawn
+  const light = look.outlineColor.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+  const contrast = 1.05 / (0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2] + 0.05);
+  const [width, offset] = [look.outlineWidth, look.outlineOffset].map(parseFloat);
+  const ring = look.outlineStyle !== "none" && width >= 2 && offset >= 0;
+  const name = e.getAttribute("aria-label") ?? (e.labels?.[0]?.innerText || e.innerText || e.tagName);
+  return [name.trim(), ring ? contrast : 0];
+}"""
+BRIGHT = """[...document.querySelectorAll('.slim *')] // what is not faded, but for the message
+  .filter((e) => e.checkVisibility() && !e.children.length && !e.closest('.said'))
+  .filter((e) => { while (e && getComputedStyle(e).opacity > 0.5) e = e.parentElement; return !e; })
+  .map((e) => e.outerHTML)"""
+
+
+def walk(page: Any, start: str, stop: str) -> list[str]:
+    """The names of what the key Tab leads to; each shows that it has the focus."""
+    assert page.locator(".slim").first.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
+    page.locator(start).focus()
+    names: list[str] = []
+    while stop not in names and len(names) < 40:
+        name, contrast = page.evaluate(FOCUSED)
+        assert contrast >= 3, f"{name}: no ring, or one that can hardly be seen"
+        names.append(name)
+        page.keyboard.press("Tab")
+    return names
+
+
 # ---- Voila
 
 
@@ -198,6 +228,31 @@ def test_the_page_is_there_and_everything_in_it_has_a_name(tab: Tab) -> None:
     ):
         assert found in tree
     assert re.search('img "original: A says [a-z ]+, B says', tree) and "- status: This is a red fox." in tree
+
+
+def test_tabs_go_from_the_slider_on_and_the_focus_is_seen(tab: Tab) -> None:
+    tab.page.wait_for_timeout(1100)  # names are set every second
+    stops = "Size of the file, at most|64 bytes|Handle between the two pictures, in percent|original|nothing|automatic|"
+    stops += "words|pin this|reset|stage 2|steps K|t0|t0 and K follow the quality|seed|scene|a photograph … (0)|"
+    assert walk(tab.page, SLIDER, "copy link") == (stops + "open .slim … (0)|save .slim|copy link").split("|")
+    tab.page.get_by_label("nothing").focus()
+    tab.page.keyboard.press("ArrowRight")
+    tab.until(lambda: "over=where" in tab.page.url, "arrows choose within a group")
+    tab.page.get_by_label("nothing").check()
+
+
+def test_a_copied_link_brings_the_same_back(tab: Tab, browser: Any) -> None:
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.after(lambda: tab.page.get_by_label("words").fill("a lion & <b>"))
+    tab.page.get_by_label("WebP", exact=True).check()
+    tab.until(lambda: "left=WebP" in tab.page.url, "the address follows")
+    tab.page.get_by_role("button", name="copy link").click()
+    tab.until(lambda: tab.text(".link") == "copied", "it is said")
+    other = Tab(browser, tab.page.evaluate("navigator.clipboard.readText()"))
+    assert other.state() == tab.state() and other.text(".tag") == tab.text(".tag")
+    assert "WebP" in other.text(".tag") and "“a lion & <b>”" in other.text(".summary")
+    other.close()
+    tab.after(lambda: tab.page.get_by_role("button", name="reset").click())
 
 
 def test_slider_thumbnails_address_and_back(tab: Tab) -> None:
@@ -270,12 +325,14 @@ def test_save_and_open_a_stream(tab: Tab, tmp_path: Path) -> None:
     tab.after(lambda: tab.upload(".stream", saved))
     assert tab.state()[1] == picture and "saved.slim" in tab.text(".summary") and "file alone" in tab.text(".summary")
     assert tab.page.get_by_label("stage 1").is_checked() and not tab.page.get_by_label("t0 and K follow").is_checked()
+    made = [tab.page.get_by_label(name, exact=True) for name in ("typed", "words", "stage 1", "seed")]
+    assert all(control.is_disabled() for control in made) and "cannot be moved" in tab.text(".summary")
     *most, last = saved.read_bytes()
     (tmp_path / "damaged.slim").write_bytes(bytes([*most, last ^ 1]))
     tab.upload(".stream", tmp_path / "damaged.slim")
     tab.until(lambda: "check sum" in tab.text(".said"), "a message")
     tab.after(lambda: tab.page.get_by_role("button", name="a grey koala").click())
-    assert "file alone" not in tab.text(".summary")
+    assert "file alone" not in tab.text(".summary") and all(control.is_enabled() for control in made)
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (640, 360), (1280, 720), (1920, 1080)])
@@ -343,11 +400,16 @@ def test_a_link_two_windows_and_a_dead_kernel(browser: Any, server: Server) -> N
         if config in " ".join(kernel.cmdline()):
             kernel.suspend()
             one.until(lambda: "No answer for" in one.text(".said"), "it is noticed")
-            assert one.page.locator(".late").count()
+            assert one.page.locator(".late").count() and not one.page.evaluate(BRIGHT), "everything fades"
             kernel.resume()
-    one.until(lambda: not one.page.locator(".late").count(), "all is well again")
-    one.press("ArrowLeft")
-    one.close()
+            one.until(lambda: not one.page.locator(".late").count(), "all is well again")
+            one.press("ArrowLeft")
+            kernel.kill()
+            one.until(lambda: re.search("Connection lost.* reload", one.text(".said")), "it is given up")
+    one.page.reload(wait_until="domcontentloaded")
+    one.shown()
+    assert "“a lion”" in one.text(".summary"), "the settings are kept"
+    one.page.close()
 
 
 def test_a_dead_server_is_noticed_and_the_next_one_is_left_alone(browser: Any, server: Server) -> None:

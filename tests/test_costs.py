@@ -106,8 +106,8 @@ def test_work_counts_what_the_evaluation_does() -> None:
     assert found.bf16["stage 2"] == through and found.loc["stage 2"].sum() == through + words.forward
     assert costs.CLASSIC_FILES == sum(len(methods.classic(name).settings) for name in methods.CLASSIC_NAMES) == 75
     own = costs.work(replace(plan, ablation_images=1, qualities=1))["ablations"]
-    assert own.half["UNet"] == 2 * (3 * 4 + 1 + 2 + 20 + 4 * 4 + 20), "captions, K, t0, caption only"
-    assert own.cpu == {"caption": 1, "code": 3, "judge": 12} and own.half["text encoder"] == 11
+    assert own.half["UNet"] == 2 * (3 * 4 + 1 + 2 + 20 + 4 * 4 + 2 * 4 + 20), "captions, K, t0, seeds, caption only"
+    assert own.cpu == {"caption": 1, "code": 3, "judge": 14} and own.half["text encoder"] == 13
     kept, n = costs.memory(plan), {name: cost.parameters for name, cost in part.items()}
     frozen, copied = sum([*n.values()][:4]) + n["machine A"], n["UNet"] + n["VAE decoder"] + n["machine A"]
     assert kept.weights["stage 2"] == 4 * frozen + 2 * copied + 20 * n["compressor"]

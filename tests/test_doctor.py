@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -80,20 +81,25 @@ def test_what_is_missing_is_named_and_the_rest_goes_on(tmp_path: Path, capsys: p
 
 def test_models_are_asked_for_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the hub answers: a commit to pin, or why not; nothing is downloaded for that."""
-    asked = []
+    asked, files = [], ["model.bin", *["model.safetensors"] * 4]
 
     def answer(self: HfApi, name: str, revision: str | None = None, timeout: float = 0) -> Any:
         asked.append((name, revision))
         if len(asked) > 4:
             response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
             raise HfHubHTTPError("403: access to this model is gated", response=response)
-        return type("ModelInfo", (), {"sha": "0123456789abcdef"})()
+        file = type("Sibling", (), {"rfilename": "unet/" + files.pop()})()
+        return type("ModelInfo", (), {"sha": "0123456789abcdef", "siblings": [file]})()
 
     monkeypatch.setattr(HfApi, "model_info", answer)
     said = doctor._hub(replace(PAPER, ldm=f"{PAPER.ldm}@main"))
     machines = [(f"timm/{name}", None) for name in (PAPER.machine_a, PAPER.machine_b)]
     assert asked == [(PAPER.ldm, "main"), split_revision(PAPER.captioner), *machines]
     assert f"{PAPER.ldm}@0123456789ab," in said and said.count("not pinned") == 2
+    asked.clear()
+    with pytest.raises(ValueError, match="no safetensors in this revision"):
+        doctor._hub(PAPER)
+    asked += [("", "")] * 4
     with pytest.raises(OSError, match="accept its terms"):
         doctor._hub(PAPER)
     assert doctor._hub(POCKET) == "not needed: all models are folders"
@@ -107,6 +113,9 @@ def test_short_of_memory_or_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"5\.0 GB free.*12 wanted: set HF_HOME"):
         doctor._disk(PAPER)
     assert "11.0 GB free" in doctor._memory(POCKET, torch.device("cpu")) and "5.0 GB free" in doctor._disk(POCKET)
+    assert "; 64 MiB written here in" in doctor._disk(POCKET)
+    monkeypatch.setattr(doctor, "free_memory", lambda: 99.0)
+    assert re.search(r"12 wanted to look; .*stage 2 \d\d,", doctor._memory(PAPER, torch.device("cpu")))
 
 
 def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,6 +315,7 @@ def test_what_each_ablation_changes(codec: SlimCodec, batch: Batch, monkeypatch:
     changes["wrong caption"] = {"captions": right[1:] + right[:1]}
     changes |= {"no diffusion": {"steps": 0}, "K = 1": {"steps": 1}, "K = 2": {"steps": 2}, "K = 20": {"steps": 20}}
     changes |= {f"t0 = {t0}": {"t0": t0} for t0 in (20, 50, 100, 200)}
+    changes |= {f"seed = {seed}": {"seed": [seed] * 5} for seed in (1, 2)}
     changes["caption only"] = {"t0": 999, "steps": 20, "guidance": 4.0, "seed": [1, 2, 3, 4, 5]}
     changes["caption only"]["captions"] = [f"a photo of {caption}" for caption in right]
     for variant, call in zip(VARIANTS, calls, strict=True):
@@ -344,7 +345,13 @@ def test_a_wrong_caption_is_of_another_class(codec: SlimCodec, monkeypatch: pyte
 
 def test_the_caption_alone(codec: SlimCodec, batch: Batch) -> None:
     method = methods.slim("SLIM", codec, (0.4,), ("caption only",))
-    _, spent = method.run(batch, "caption only", 0.0)
+    x_hat, spent = method.run(batch, "caption only", 0.0)
+    alone, _ = method.run(Batch(batch.scenes, [3]), "caption only", 0.0)
+    torch.testing.assert_close(alone, x_hat[3:4], atol=2 / 255, rtol=0, msg="a scene's own seed, in any batch")
+    codec.ldm.unet.register_to_config(sample_size=2 * (own := codec.ldm.unet.config.sample_size))
+    larger, _ = method.run(batch, "caption only", 0.0)
+    codec.ldm.unet.register_to_config(sample_size=own)
+    assert larger.shape == x_hat.shape and not torch.equal(larger, x_hat), "at the model's own size, then made small"
     captions = methods.captions_of(batch, codec, "auto", 0.0)
     bits = [codec.inspect(codec.compress(*pair)).bits for pair in zip(batch.images, [0.4] * 5, captions, strict=True)]
     assert spent.caption.tolist() == pytest.approx([bit["caption"] / 8 for bit in bits])
@@ -353,7 +360,7 @@ def test_the_caption_alone(codec: SlimCodec, batch: Batch) -> None:
 
 
 def test_words_show_nothing(codec: SlimCodec, world: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class as an index; or the class that one reads in the caption, as a whole word, if there is one."""
+    """A class as an index; or the class that one reads in the caption, as a whole word, or else the nearest."""
     machine = load_machine(str(world / "machine_a"), "cpu")
     saying = iter(said := ["a red fox", "a lion in a forest", "", "a redfox", "a tulip"])
     monkeypatch.setitem(vars(codec), "captioner", says(lambda crops: [next(saying) for _ in crops]))
@@ -361,7 +368,9 @@ def test_words_show_nothing(codec: SlimCodec, world: Path, batch: Batch, monkeyp
     methods.files_of.cache_clear()
     label, caption = (methods.words(name, codec, machine).run(batch, "", 0.0) for name in evaluation.WORDS)
     assert label[1].answer.tolist() == machine(batch.x).argmax(1).tolist() and label[1].payload.eq(1).all()
-    assert caption[1].answer.tolist() == [0, 3, -1, -1, 4] and caption[1].latent.eq(0).all()
+    embedded = torch.nn.functional.normalize(codec.ldm.text([said[3], *machine.classes]).mean(1), dim=1)
+    nearest = int((embedded[1:] @ embedded[0]).argmax())
+    assert caption[1].answer.tolist() == [0, 3, -1, nearest, 4] and caption[1].latent.eq(0).all()
     assert caption[1].caption.tolist() == pytest.approx([codec.prior.bits(w) / 8 if w else 0 for w in said], abs=0.1)
     assert all((told["size"] - told.payload).eq(FIXED_BYTES).all() for _, told in (label, caption))
 
@@ -390,6 +399,9 @@ def test_classic_codecs(batch: Batch) -> None:
         assert spent.payload.tolist() == [payload_bytes(file, "webp") for file in files]
         assert not {*SPENT[2:6]} & {*spent} and (spent[TIMES] > 0).all(axis=None)
         assert torch.equal(x_hat, to_tensor([decode_classic(file, (64, 64)) for file in files]))
+    some, most = methods.classic("webp", (20,), timed=2).run(batch, "", 20), method.run(batch, "", 20)
+    assert torch.equal(some[0], most[0]) and some[1]["size"].equals(most[1]["size"])
+    assert some[1][TIMES].notna().sum().tolist() == [2, 2]
 
 
 def test_each_side_has_its_time(codec: SlimCodec, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -598,8 +610,13 @@ def test_jobs_that_take_part(place: SimpleNamespace) -> None:
     words = [("label only", 7, 1), ("caption read", 7, 1)]
     assert names == [("uncompressed", 7, 2), *words, ("SLIM, stage 1", 7, 6), *classic]
     ablations = jobs(scenes=7, ablation_scenes=3, only=["SLIM, stage 1"])
-    assert [(count, len(method.settings)) for method, count in ablations] == [(3, 11 * 6 + 1), (7, 6)]
+    assert [(count, len(method.settings)) for method, count in ablations] == [(3, 13 * 6 + 1), (7, 6)]
     assert [count for _, count in jobs(reproduce=True, only=["SLIM, stage 1"])] == [390, 1300]
+    for another in ("compressor_seed1", "compressor_seed1.training"):
+        shutil.copytree(f"{place.models}/compressor", f"{place.models}/{another}")
+    assert [(m.name, n) for m, n in jobs(ablation_scenes=3, only=["SLIM, seed1"])] == [("SLIM, seed1", 3)]
+    for another in ("compressor_seed1", "compressor_seed1.training"):
+        shutil.rmtree(f"{place.models}/{another}")
     others = ImageNetScenes(scenes.pictures, "squash", 128)
     keys = [jobs(given, bf16=bf16)[3][0].key for given in (scenes, others, []) for bf16 in (False, True)]
     assert len(set(keys)) == 6, "other pictures, another precision"

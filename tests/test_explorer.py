@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import pandas
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -26,11 +28,13 @@ from tiny_codec import TINY, make_world, picture
 
 from slimlib.__main__ import main
 from slimlib.compressor import LatentCompressor
-from slimlib.explorer import serve
+from slimlib.explorer import engine, serve
 from slimlib.explorer.engine import Explorer, Settings, bits_picture, curves_of, roi_picture
 from slimlib.explorer.page import PHOTO, Newest, Page
 from slimlib.measure.baselines import CODECS, encode_classic, largest_within
+from slimlib.measure.evaluation import RESULTS, read_table
 from slimlib.measure.plots import error_picture
+from slimlib.roi import object_box
 from slimlib.stream import StreamError
 
 
@@ -95,6 +99,8 @@ def test_an_answer_comes_in_stages_and_ends_as_the_codec_decodes(models: Explore
         for machine, top in models.guess(last.pictures[name]).items():
             assert last.guesses[name][machine] == top and len(top) == 5
     assert last.pictures["error"] == error_picture(models.scene(3).image, last.pictures["after"])
+    image = models.scene(3).image
+    assert views[0].box == object_box(codec.look(image, codec.encode(image), last.report.quality)[0]), "of this quality"
 
 
 @pytest.mark.parametrize("off", [{"t0": 0}, {"steps": 0}])
@@ -200,6 +206,14 @@ def test_curves_are_those_of_the_plain_methods_by_rate() -> None:
     points = [("SLIM", "", 0.1, 90), ("SLIM", "", 0.01, 20), ("SLIM", "no caption", 1, 50), ("SLIM, joint", "", 1, 50)]
     curves = curves_of(pandas.DataFrame(points, columns=["method", "variant", "bpp", "top1_b"]))
     assert list(curves) == ["SLIM"] and curves["SLIM"].bpp.tolist() == [0.01, 0.1]
+
+
+def test_curves_and_lines_are_the_evaluations(models: Explorer) -> None:
+    known, table = models.constants(), read_table(RESULTS / "evaluation.csv")
+    assert {"SLIM", "SLIM, stage 1", "hyperprior", "JPEG", "WebP", "AVIF"} <= known["curves"].keys()
+    assert list(known["lines"]) == ["label only", "caption read", "caption only"]
+    row = table[(table.method == "SLIM") & (table.variant == "caption only")].iloc[0]
+    assert known["lines"]["caption only"] == pytest.approx((row.top1_b + row.top1_c) / 2)
 
 
 # ---- photographs
@@ -379,6 +393,30 @@ def test_an_imagenet_network_looks_at_photographs_alone(page: Page, monkeypatch:
     assert page.explorer.constants()["machines"] == [*machines, "T"]
 
 
+def test_the_imagenet_network_is_loaded_when_the_first_photograph_comes(
+    models: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: "lite1" in name)
+    monkeypatch.setattr(engine, "photo_machine", lambda device: loaded.append(device) or models.machines["A"])
+    fresh = Explorer(models.folder)
+    assert fresh.scene(43).guesses.keys() == {*"ABC"} and fresh.constants()["machines"] == [*"ABCT"] and not loaded
+    for name in ("one.png", "two.png"):
+        assert fresh.photo(file_of(picture()), name).guesses["T"] == models.machines["A"].top5(picture())
+    assert len(loaded) == 1
+
+
+def test_two_hundred_uploads_take_bounded_memory(models: Explorer) -> None:
+    process, alive, used = psutil.Process(), weakref.WeakSet(), []
+    for i in range(200):
+        photo = models.photo(file_of(picture(16, 16, seed=i)), f"{i}.png")
+        alive.add(photo)
+        assert next(models.rivals(photo, 400, ["jpeg"])).fits and (i % 10 or models._trial(Settings(caption=""), photo))
+        used.append(process.memory_info().rss / 2**20)
+        assert len(alive) <= 2, "photographs that nobody looks at any more"
+    assert used[-1] - used[99] < 20, f"MiB after 100 and 200 uploads: {used[99]:.0f}, {used[-1]:.0f}"
+
+
 def test_save_and_open_again(page: Page) -> None:
     page.follow("scene=9&size=192&t0=77&auto=False&seed=5&caption=typed&words=a+lion&weights=uniform")
     assert page.wait()
@@ -391,10 +429,14 @@ def test_save_and_open_again(page: Page) -> None:
     assert (shown["title"], shown["code"], list(table(page))[:2]) == ("saved.slim", "", ["before the UNet", "SLIM"])
     read = page.settings
     assert (read.t0, read.seed, read.caption, read.weights) == (77, 5, "a lion", "uniform") and read.scene == 14
+    free = [name for name, control in page.controls.items() if not control.disabled]
+    assert free == ["size", "left", "over", "scene"], "how the file was made is read only"
+    assert "A link does not hold the file" in shown["summary"] and read.size >= min(report.size, 1024)
     upload(page.opener, "cut.slim", stream[:-1])
     assert page.wait() and "check sum" in page.picture.said
     move(page, seed=6)
     assert page.view.source is not None and page.view.report.t0 == report.t0, "about the scene again"
+    assert not any(control.disabled for control in page.controls.values())
 
 
 def test_links(page: Page, models: Explorer) -> None:

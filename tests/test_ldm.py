@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from slimlib.ldm import CLEAN, LatentDiffusion, last, lay_out_for_training
@@ -27,10 +27,10 @@ def latent(batch: int = 1) -> Tensor:
     return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def other(ldm: LatentDiffusion, consistency: bool = False, **scheduler: Any) -> LatentDiffusion:
+def other(ldm: LatentDiffusion, **scheduler: Any) -> LatentDiffusion:
     """The same networks under a scheduler that says something else."""
     changed = DDIMScheduler.from_config({**ldm.scheduler.config, **scheduler})
-    return LatentDiffusion(ldm.vae, ldm.unet, ldm.text_encoder, ldm.tokenizer, changed, "cpu", consistency)
+    return LatentDiffusion(ldm.vae, ldm.unet, ldm.text_encoder, ldm.tokenizer, changed, "cpu")
 
 
 def close(one: Any, two: Any, tolerance: float = 1e-5) -> None:
@@ -38,7 +38,7 @@ def close(one: Any, two: Any, tolerance: float = 1e-5) -> None:
 
 
 def test_loading(ldm: LatentDiffusion, tiny_world: Path) -> None:
-    assert (ldm.factor, ldm.latent_channels, ldm.consistency) == (4, 4, False)
+    assert (ldm.factor, ldm.latent_channels) == (4, 4)
     for model in (ldm.vae, ldm.unet, ldm.text_encoder):
         assert not model.training and not any(weight.requires_grad for weight in model.parameters())
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}, "whatever the files hold"
@@ -58,10 +58,10 @@ def test_schedulers(ldm: LatentDiffusion, tiny_world: Path, tmp_path: Path) -> N
     file = tmp_path / "ldm/scheduler/scheduler_config.json"
     config = json.loads(file.read_text())
     config.pop("clip_sample")  # SD-Turbo's says nothing of clipping; DDIM's default would be to clip
-    for name in ("LCMScheduler", "EulerDiscreteScheduler"):
+    for name in ("PNDMScheduler", "EulerDiscreteScheduler"):
         file.write_text(json.dumps(config | {"_class_name": name}))
         found = LatentDiffusion.from_pretrained(tmp_path / "ldm", variant="fp16", device="cpu")
-        assert not found.scheduler.config.clip_sample and found.consistency == (name == "LCMScheduler")
+        assert not found.scheduler.config.clip_sample
 
 
 def test_every_part_is_there_and_counts(ldm: LatentDiffusion, tiny_world: Path, tmp_path: Path) -> None:
@@ -127,20 +127,6 @@ def test_sampler_is_that_of_diffusers(
     for t, ours in zip(times, walk, strict=True):
         z = theirs.step(ldm.unet(z, t, encoder_hidden_states=text).sample, t, z).prev_sample
         close(ours, z)
-
-
-def test_consistency_models_take_their_own_steps(ldm: LatentDiffusion) -> None:
-    """Against diffusers' LCMScheduler, which also mixes in up to a part in 10^5 of its input."""
-    ldm, z_hat, seeds = other(ldm, consistency=True), latent(2), [5, 9]
-    theirs, text = LCMScheduler.from_config(ldm.scheduler.config), ldm.text(CAPTIONS[:2])
-    theirs.set_timesteps(timesteps=[399, 199])
-    z, fresh = ldm.add_noise(z_hat, 399, ldm.noise(z_hat.shape, seeds)), ldm.noise(z_hat.shape, [6, 10])
-    first = theirs.step(ldm.unet(z, 399, encoder_hidden_states=text).sample, theirs.timesteps[0], z).denoised
-    z = ldm.add_noise(first, 199, fresh)
-    second = theirs.step(ldm.unet(z, 199, encoder_hidden_states=text).sample, theirs.timesteps[1], z).denoised
-    walk = list(ldm.enhance(z_hat, CAPTIONS[:2], 399, 2, seed=seeds))
-    close(walk, [z, second], 1e-3)
-    close(list(ldm.enhance(z_hat[:1], CAPTIONS[:1], 399, 2, 5))[1], walk[1][:1])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -29,14 +29,14 @@ SMALL: dict[str, dict[str, object]] = {
     "00_start_here": {"qualities": [0.2, 0.8]},
     "01_roi_extraction": {"n_scenes": 16, "n_val": 12, "sigmas": [2, 16]},
     "02_latent_compression": {"n_scenes": 6, "n_fit": 16, "n_sweep": 5, "qualities": [0.5, 1.0]},
-    "03_roi_captioning": {"n_captioned": 31, "n_drawn": 8, "draw_steps": 4, "n_decoded": 6, "noise_levels": [100, 500]},
+    "03_roi_captioning": {"n_scenes": 31, "n_drawn": 8, "draw_steps": 4, "n_decoded": 6, "noise_levels": [100, 500]},
     "04_diffusion_enhancement": {"n_scenes": 4, "noise_levels": [100, 600], "steps_tried": [1, 4]},
-    "05_stage1_training": {"n_train": 32, "n_test": 24, "train_steps": 16, "batch": 8},
-    "06_stage2_training": {"n_train": 16, "n_test": 10, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 4}
+    "05_stage1_training": {"n_train": 32, "n_scenes": 24, "train_steps": 16, "batch": 8},
+    "06_stage2_training": {"n_train": 16, "n_scenes": 10, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 4}
     | {"qualities": [0.4, 0.8]},
     "07_evaluation": {"n_scenes": 6, "n_gallery": 1, "draws": 20, "time_scenes": 1, "coverage_trials": 100},
     "08_bitrate_explorer": {"qualities": [0.2, 0.8], "caption_qualities": [0.5]},
-    "09_compressor_by_hand": {"n_train": 16, "n_test": 8, "train_steps": 6, "batch": 4, "qualities": [0.2, 0.8]},
+    "09_compressor_by_hand": {"n_train": 16, "n_scenes": 8, "train_steps": 6, "batch": 4, "qualities": [0.2, 0.8]},
     "10_pocket_scenes": {"size": 64},
     "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
     "12_paper_scale": {"sizes": [256], "n_pictures": 8, "train_steps": 4},
@@ -46,13 +46,13 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/00_wrong_caption": {"n_scenes": 2, "qualities": [0.5]},
     "solutions/01_keep_a_share": {"n_scenes": 24, "shares": [0.0, 0.1, 0.2, 1.0]},
     "solutions/02_adaptive_counts": {"n_scenes": 3, "n_fit": 8},
-    "solutions/03_learning_a_prior": {"n_train": 124, "n_test": 31},
+    "solutions/03_learning_a_prior": {"n_train": 124, "n_scenes": 31},
     "solutions/04_many_seeds": {"n_scenes": 4, "n_seeds": 4},
-    "solutions/05_background_weight": {"n_train": 24, "n_test": 16, "train_steps": 8, "batch": 8}
+    "solutions/05_background_weight": {"n_train": 24, "n_scenes": 16, "train_steps": 8, "batch": 8}
     | {"background_weights": [0.02, 1.0]},
     "solutions/06_flat_latents": {"n_scenes": 3, "descent_steps": 8, "n_noises": 2},
     "solutions/07_bd_accuracy": {},
-    "solutions/08_smallest_file": {"scene_indices": [14, 43], "n_qualities": 3},
+    "solutions/08_smallest_file": {"n_scenes": 2, "n_qualities": 3},
     "solutions/09_bits_per_cell": {"n_scenes": 3},
     "solutions/10_two_objects": {"size": 128},
     "solutions/11_latent_bits": {},
@@ -143,6 +143,30 @@ def test_slides_are_of_the_core() -> None:
     assert run.slide_types(cells) == wanted
 
 
+def _filled(path: Path) -> tuple[NotebookNode, int]:
+    """A notebook whose cells to fill in hold their answers, and the number of these cells.
+
+    Of a small one the answer stands in the notebook itself, folded; of the exercise, in the cells of the solution that
+    are tagged `solution`.
+    """
+    notebook = _read(path)
+    cells = [*notebook.cells, *(c for f in path.parent.glob(f"solutions/{path.name[:2]}_*") for c in _read(f).cells)]
+    answers = [text for cell in cells for text in re.findall(r"^```python\n(.*?)^```", cell.source, re.M | re.S)]
+    answers += [cell.source for cell in cells if "solution" in cell.metadata.get("tags", [])]
+    stubs = [cell for cell in notebook.cells if cell.cell_type == "code" and "raise NotImplementedError" in cell.source]
+    for cell in stubs:
+        lines, done = cell.source.splitlines(), set[str]()
+        for part in ast.parse(cell.source).body:
+            if isinstance(part, ast.FunctionDef) and "raise NotImplementedError" in ast.unparse(part):
+                answer = next((a for a in answers if re.search(rf"^def {part.name}\(", a, re.M)), None)
+                assert answer, f"{path.stem}: nothing answers {part.name}"
+                kept = [""] * (part.end_lineno - part.lineno)  # type: ignore[operator]
+                lines[part.lineno - 1 : part.end_lineno] = ["" if answer in done else answer.replace("\n", "\r"), *kept]
+                done.add(answer)
+        cell.source = "\n".join(lines).replace("\r", "\n")
+    return notebook, len(stubs)
+
+
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future]]:
     """All that were selected, two at a time: a notebook keeps one core busy, most of the time."""
@@ -150,8 +174,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     paths, folder = [item.callspec.params["path"] for item in items], tmp_path_factory.mktemp("runs")  # type: ignore
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
         patch.setenv("OMP_NUM_THREADS", "1")
-        run = partial(pool.submit, run_notebook)
-        yield {path: run(path, folder / _name(path), SMALL.get(_name(path)), 600) for path in paths}
+        run = partial(pool.submit, run_notebook, time_limit=600)
+        solved = {path: folder / "solved" / path.name for path in paths}
+        (folder / "solved").mkdir()
+        for path in paths:
+            nbformat.write(_filled(path)[0], solved[path])
+        there = {path: (folder / _name(path), SMALL.get(_name(path))) for path in paths}
+        yield {path: run(solved[path], *there[path], home=path.parent) for path in paths}
         pool.shutdown(cancel_futures=True)
 
 
@@ -161,6 +190,9 @@ def test_runs(path: Path, runs: dict[Path, Future]) -> None:
     result = runs[path].result()
     assert not result.problem, f"{result.problem}\n{result.log.read_text(errors='replace')[-3000:]}"
     assert {kept.suffix for kept in path.parent.iterdir()} <= {".ipynb", ".md", ".py", ""}, "it leaves files behind"
+    said = [str(output.get("text", "")) for cell in _read(result.output).cells for output in cell.get("outputs", [])]
+    unsolved = [text for text in said if text.startswith("Not ")]
+    assert not unsolved and sum("Right: " in text for text in said) >= _filled(path)[1], "an answer fails its check"
 
 
 # ---- the runner -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import baselines
 import numpy as np
 import pandas as pd
 import papermill
@@ -28,6 +29,7 @@ from slimlib.data.cache import ClipSeg
 from slimlib.ldm import LatentDiffusion, last
 from slimlib.machines import load_machine
 from slimlib.measure import costs
+from slimlib.measure.baselines import PixelCodec
 from slimlib.scales import PAPER, Scale
 
 
@@ -155,6 +157,21 @@ def test_from_pictures_to_files(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert codec.decompress(codec.compress(image)).size == (64, 64)
 
 
+def test_the_baseline_on_pixels(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain and tuned, from a cache with pictures to what the evaluation measures; by the commands in its help."""
+    common = f"--scale {place}/models,size=64 --device cpu --quiet"
+    assert main(f"preprocess --data {place}/imagenet --n 6 --keep-images --out {tmp_path}/cache {common}".split()) == 0
+    words = f"--cache {tmp_path}/cache --batch 2 --steps 2 {common.replace(',size=64', '')}"
+    assert baselines.main(f"{words} --out {tmp_path}/baseline_mse --max_seconds 0".split()) == 0
+    assert "the same command goes on" in capsys.readouterr().out and not (tmp_path / "baseline_mse").exists()
+    assert baselines.main(f"{words} --out {tmp_path}/baseline_mse".split()) == 0
+    assert baselines.main(f"{words} --start {tmp_path}/baseline_mse --out {tmp_path}/baseline_task".split()) == 0
+    plain, tuned = (PixelCodec.from_pretrained(tmp_path / f"baseline_{kind}") for kind in ("mse", "task"))
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
+    assert plain.encode(image, 0.5)[0] != tuned.encode(image, 0.5)[0]
+    assert tuned.decompress(tuned.encode(image, 0.5)[0]).size == (64, 64)
+
+
 def test_the_evaluation_of_imagenet(experiment: dict[str, str]) -> None:
     folder = Path(experiment["results"])
     table = pd.read_csv(folder / "evaluation.csv")
@@ -171,8 +188,8 @@ def test_the_evaluation_of_imagenet(experiment: dict[str, str]) -> None:
     {
         "02_latent_compression": {"n_scenes": 6, "n_fit": 16, "n_sweep": 5, "qualities": [0.5, 1.0]},
         "04_diffusion_enhancement": {"n_scenes": 4, "noise_levels": [100, 600], "steps_tried": [1, 4]},
-        "05_stage1_training": {"n_train": 16, "n_test": 24, "scene_index": 3, "train_steps": 24, "batch": 4},
-        "06_stage2_training": {"n_train": 8, "n_test": 6, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 2}
+        "05_stage1_training": {"n_train": 16, "n_scenes": 24, "scene_index": 3, "train_steps": 24, "batch": 4},
+        "06_stage2_training": {"n_train": 8, "n_scenes": 6, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 2}
         | {"scene_index": 3, "qualities": [0.4, 0.8]},
         "07_evaluation": {"n_scenes": 4, "n_gallery": 1, "draws": 20, "coverage_trials": 100, "time_scenes": 1},
     }.items(),

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from slimlib.images import as_rgb
+from slimlib.utils import write_file
 
 WHITE = (255, 255, 255)
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)  # all different, so turns can be told
@@ -297,6 +298,21 @@ def test_table(data: bytes, expected: Any, tmp_path: Path) -> None:
     assert np.abs(np.asarray(found, int) - expected).max() <= (24 if lossy else 1)
     assert found.tobytes() == as_rgb(bytearray(data)).tobytes() == as_rgb(io.BytesIO(data)).tobytes()
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False and TiffImagePlugin.READ_LIBTIFF is False
+
+
+def test_what_comes_of_each_file_can_be_read() -> None:
+    """runs/pictures.md: a table of all files above for people, in the words that they would get."""
+
+    def outcome(data: bytes) -> str:
+        try:
+            return "{} x {} pixels".format(*as_rgb(data).size)
+        except ValueError as error:
+            return " ".join(str(error).replace("|", "/").split())
+
+    lines = [f"| {one.id} | {len(one.values[0])} | {outcome(one.values[0])} |" for one in TABLE]
+    heading = "| file | bytes | what came out |\n|---|---|---|\n"
+    write_file(Path(__file__).parent.parent / "runs/pictures.md", (heading + "\n".join(lines) + "\n").encode())
+    assert len(lines) >= 60 and sum(" pixels |" in line for line in lines) >= 60
 
 
 def test_names_and_pipes(tmp_path: Path) -> None:

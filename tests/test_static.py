@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_browser import CHROMIUM, FLAGS
+from test_browser import CHROMIUM, FLAGS, walk
 
 from slimlib.explorer import static
 from slimlib.explorer.engine import Explorer, Settings, first_of
@@ -121,6 +121,34 @@ def test_choices_change_what_is_seen_and_the_address_and_back_undoes_them(page: 
     assert page.get_by_label("the right one").is_checked()
     opened(page, scene=99, step="x", left="nonsense", odd=1)
     assert page.get_by_label("original", exact=True).is_checked(), "what is unknown counts for nothing"
+
+
+def test_a_copied_link_brings_the_same_back(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    opened(page)
+    page.locator("#step").press("ArrowLeft")
+    page.get_by_label("none", exact=True).check()
+    page.get_by_label("WebP", exact=True).check()
+    told, left, right = page.inner_text("#told"), shown(page, 0), shown(page, 1)
+    page.get_by_role("button", name="copy link").click()
+    page.get_by_role("button", name="copied").wait_for()
+    link = page.evaluate("navigator.clipboard.readText()")
+    opened(page)
+    assert page.inner_text("#told") != told
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_function("document.querySelector('#view .tag').textContent.startsWith('WebP')")
+    assert page.inner_text("#told") == told and (shown(page, 0) == left).all() and (shown(page, 1) == right).all()
+
+
+def test_tabs_go_from_the_slider_on_and_the_focus_is_seen(page: Any) -> None:
+    opened(page)
+    assert page.evaluate("document.activeElement.id") == "step", "it has the focus at first"
+    stops = "Size of the file|Handle between the two pictures, in percent|original|the right one|nothing|pin as 1|"
+    names = [name.partition(":")[0] for name in walk(page, "#step", "guess first")]
+    assert names == (stops + "pin as 2|copy link|guess first").split("|")
+    lines = page.locator("#told svg text").all_text_contents()
+    assert {"label only", "caption read", "caption only"} <= {*lines}
 
 
 def test_the_handle_moves_by_mouse_and_keys_and_the_wheel_zooms(page: Any) -> None:

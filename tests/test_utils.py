@@ -159,8 +159,11 @@ def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert utils.rank_and_world() == (5, 8) and utils.pick_device() == torch.device("cuda", 1)
     assert utils.pick_device("cuda:0") == torch.device("cuda", 1), "of several processes each its own"
+    assert taken == [torch.device("cuda", 1)] * 2
     with utils.autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu"), "unless it is asked for"
     module = nn.Linear(1, 1).train()

@@ -580,31 +580,40 @@ def cell_basis() -> Tensor:
     return F.pixel_unshuffle(F.pixel_unshuffle(planes, PATCH), CELL // PATCH).flatten(1).float()
 
 
-def train_pixels(run: Run, start: str = "") -> None:
-    """SLIM's stage 1 on patches of pixels; and from there its stage 2 without a UNet: the strongest published kind.
-
-    Scenes, batch, steps and rates are those of SLIM's stages. The loss is R + lambda D, and in the second stage
-    + b sqrt(lambda) times the cross-entropy of the teachers on a random view of the decoded picture.
+def pixel_loss(
+    model: LatentCompressor, cache: Cache, teachers: Sequence[Machine], config: Stage1Config, device: torch.device
+) -> Callable[[dict[str, nn.Module]], Losses]:
+    """R + lambda D of a batch of pictures, and in the second stage + b sqrt(lambda) times the cross-entropy of the
+    teachers on a random view of what is decoded. The head that would predict the region of interest is held still.
     """
-    cache, teachers, config = run.scenes("train"), list(run.teachers.values()), run.config
-    start = run.name if run.options.warm else start
-    codec = PixelCodec.from_pretrained(run.out / start) if start else new_pixel_codec()
-    model, task = codec.compressor, isinstance(config, Stage2Config)
     model.encoder.roi.requires_grad_(False)
 
-    def loss_of(_: np.random.Generator) -> Losses:
-        index, x, m, quality = training.draw_batch(cache.images, cache.masks, config.batch, run.device)
+    def loss_of(networks: dict[str, nn.Module]) -> Losses:
+        index, x, m, quality = training.draw_batch(cache.images, cache.masks, config.batch, device)
         z = to_patches(x)
-        with autocast(run.device, cpu=True):
-            out = model(z.to(memory_format=torch.channels_last), quality)
-        loss, parts = training.stage1_loss(out, z, m, quality, config, PATCH)
-        if task:
+        with autocast(device, cpu=True):
+            out = networks["model"](z.to(memory_format=torch.channels_last), quality)
+        loss, parts = training.stage1_loss(out, z, F.interpolate(m, z.shape[2:]), quality, config, PATCH)
+        if isinstance(config, Stage2Config):
             (view,) = training.random_view(config.view, from_patches(out["z_hat"]).float())
-            labels = torch.from_numpy(cache.labels[index.numpy()]).to(run.device)
+            labels = torch.from_numpy(cache.labels[index.numpy()]).to(device)
             parts["task"] = training.task_loss(teachers, view, labels).mean()
             loss = loss + config.b * parts["task"]
         return loss, parts
 
+    return loss_of
+
+
+def train_pixels(run: Run, start: str = "") -> None:
+    """SLIM's stage 1 on patches of pixels; and from there its stage 2 without a UNet: the strongest published kind.
+
+    Scenes, batch, steps and rates are those of SLIM's stages.
+    """
+    cache, teachers, config = run.scenes("train"), list(run.teachers.values()), run.config
+    start = run.name if run.options.warm else start
+    codec = PixelCodec.from_pretrained(run.out / start) if start else new_pixel_codec()
+    model = codec.compressor
+    loss_of = pixel_loss(model, cache, teachers, config, run.device)
     run.fit({"model": model}, loss_of, groups=training.parameter_groups(model))
     model.to(memory_format=torch.contiguous_format)
     run.publish(model.save_pretrained, lambda: cards.measure_pixels(codec, run.machines, run.options.test))

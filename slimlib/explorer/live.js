@@ -28,7 +28,7 @@ function facts(model, el) {
     el.querySelector("details").hidden = !shown.code;
   }
   link.hidden = !document.body.dataset.voila;
-  link.onclick = () => navigator.clipboard?.writeText(location.href);
+  copies(link);
   model.on("change:shown", draw);
   draw();
   model.send({ hello: true });
@@ -109,6 +109,8 @@ function names(page) { // for screen readers, what ipywidgets leaves out
   for (const group of page.querySelectorAll(".widget-radio")) {
     group.setAttribute("role", "radiogroup");
     group.setAttribute("aria-label", group.querySelector(".widget-label").textContent);
+    group.id ||= `group${Math.random()}`; // one stop for Tab; arrows choose
+    for (const input of group.querySelectorAll("input")) input.name = group.id;
   }
 }
 

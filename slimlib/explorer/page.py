@@ -24,20 +24,20 @@ import torch
 import traitlets
 from PIL import Image
 
-from slimlib.explorer.engine import RIVALS, Explorer, Guesses, Rival, Settings, Source, View, data_url, first_of
+from slimlib.explorer.engine import RIVALS, Explorer, Rival, Settings, Source, View, data_url, first_of, roi_picture
 from slimlib.measure.methods import CLASSIC_NAMES
 
 THUMBNAILS = (43, 14, 86, 92, 138, 52, 15, 79, 45, 29, 35, 84)  # test scenes in the strip
 SIZES = (24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)  # bytes on the main slider
 PHOTO = "These models know {} things, and take whatever they see for one of them. A link does not hold a photograph."
 PHOTO_MACHINE = " Machine T is an ImageNet network of 1,000 classes, which has seen no picture of this project."
-OPENED = (
-    "Decoded from the file alone: there is no original. The controls show what the file says; as soon as one is moved, "
-    "they are about the scene again."
-)
+OPENED = """Decoded from the file alone: there is no original. The controls show how it was made, and cannot be moved.
+Move the size, or choose a picture, and they are about the scene again. A link does not hold the file."""
+MADE = ("caption", "words", "weights", "steps", "t0", "auto", "seed")  # controls that an opened file holds
 OBJECT = "object and crop"
 OVER = {"nothing": "", "where the bits went": "bits", "error": "error"}  # what may lie over it, in `View.pictures`
 HERE = Path(__file__).parent
+_url = functools.partial(data_url, lossless=True, quality=0, method=0)  # small: a server limits what a kernel may send
 
 
 class Viewer(anywidget.AnyWidget):
@@ -72,7 +72,7 @@ class Page:
         self.view: View | None = None
         self.answered: dict[str, float] = {}
         # Who sees what at how many bytes, and the picture: of the original, of SLIM, of its rivals. "", None: not there
-        self.rows: dict[str, tuple[int | str, Guesses | None, Image.Image | None]] = {}
+        self.rows: dict[str, tuple[int | str, Any, Image.Image | None]] = {}
         self._asked = 0.0  # when
         self._quiet = False
         self._opened = ""  # name of a .slim file
@@ -81,8 +81,7 @@ class Page:
         # there are more of them than the processor has cores, all of them take longer.
         self._worker = Newest(self._post)
         self.explorer: Explorer = explorer or self._worker.apart(Explorer)
-        self.compared = (*RIVALS, *self.explorer.pixel_codecs)
-        self.names = [CLASSIC_NAMES.get(name, name) for name in self.compared]  # of the rivals
+        self.rivals = {n: CLASSIC_NAMES.get(n, n) for n in (*RIVALS, *self.explorer.pixel_codecs)}  # with their names
         self._build()
         self._defaults = {name: control.value for name, control in self.controls.items()}
         self._move(wanted)
@@ -97,7 +96,7 @@ class Page:
         with contextlib.suppress(RuntimeError):  # no kernel around: a script or a test
             self._loop = asyncio.get_running_loop()
         source = self.explorer.scene(settings.scene)
-        self._submit(lambda: self.explorer.rivals(source, settings.size, self.compared), "")
+        self._submit(lambda: self.explorer.rivals(source, settings.size, self.rivals), "")
 
     @property
     def settings(self) -> Settings:
@@ -130,8 +129,9 @@ class Page:
                 is_flag = isinstance(control.value, bool)
                 control.value = str(value) == "True" if is_flag else type(control.value)(value)
         self._quiet = before
-        for name in ("t0", "steps"):
-            self.controls[name].disabled = self.controls["auto"].value
+        opened = bool(self.view and not self.view.source)
+        for name in MADE:
+            self.controls[name].disabled = opened or (name in ("t0", "steps") and self.controls["auto"].value)
 
     def _changed(self, change: Any) -> None:
         """A hand moved a control."""
@@ -165,7 +165,7 @@ class Page:
             photo = self.explorer.photo(*upload)
             yield photo
         yield from self.explorer.look(settings, photo)
-        yield from self.explorer.rivals(photo or self.explorer.scene(settings.scene), settings.size, self.compared)
+        yield from self.explorer.rivals(photo or self.explorer.scene(settings.scene), settings.size, self.rivals)
 
     def _submit(self, job: Callable[[], Iterator[Any]], doing: str) -> None:
         self._asked, self.picture.doing = perf_counter(), doing
@@ -173,17 +173,15 @@ class Page:
 
     def _uploaded(self, change: Any) -> None:
         """A photograph, or a .slim file, came in."""
-        if not change["new"]:
-            return
-        file = change["new"][0]
-        data, name = bytes(file["content"]), str(file["name"])
-        change["owner"].value = ()  # so that the same file can come again
-        self.picture.said = ""
-        if change["owner"] is self.camera:
-            self._ask((data, name))
-        else:
-            self._opened = name
-            self._submit(lambda: self.explorer.open_stream(data), "decompressing")
+        for file in change["new"]:
+            data, name = bytes(file["content"]), str(file["name"])
+            change["owner"].value = ()  # so that the same file can come again
+            self.picture.said = ""
+            if change["owner"] is self.camera:
+                self._ask((data, name))
+            else:
+                self._opened = name
+                self._submit(functools.partial(self.explorer.open_stream, data), "decompressing")
 
     def _said(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
         """What live.js says: a sign of life is wanted, a thumbnail was pressed, or the address is another."""
@@ -242,23 +240,21 @@ class Page:
         if newest:
             self.answered["after" if view.done else "before"] = perf_counter() - self._asked
             self.picture.doing = "" if view.done else "UNet"
-        before = view.pictures["before"]
-        self.rows = {"before the UNet": (report.size, view.guesses["before"], before)}
-        self.rows["SLIM"] = report.size, view.guesses.get("after"), view.pictures.get("after", before)
+        self.rows = {"before the UNet": (report.size, view.guesses["before"], view.pictures["before"])}
+        self.rows["SLIM"] = report.size, view.guesses.get("after"), view.pictures.get("after", view.pictures["before"])
         if source:
-            known = {"original": ("", source.guesses, source.image), OBJECT: ("", {}, source.marked)}
-            self.rows = known | self.rows | dict.fromkeys(self.names, ("", None, None))
-        elif view.done:  # the controls show what an opened file says
-            size = min(SIZES, key=lambda size: abs(size - report.size))
-            caption = "typed" if report.caption else "none"
+            known = {"original": ("", source.guesses, source.image), OBJECT: ("", {}, source.image)}
+            self.rows = known | self.rows | dict.fromkeys(self.rivals.values(), ("", None, None))
+        elif newest:  # the controls show what an opened file says
+            size = next((size for size in SIZES if size >= report.size), SIZES[-1])
             told = {name: getattr(report, name) for name in ("steps", "t0", "seed")} | {"words": report.caption or ""}
-            self._move({**told, "size": size, "caption": caption, "auto": False, "weights": view.settings.weights})
+            told |= {"caption": "typed" if report.caption else "none", "weights": view.settings.weights}
+            self._move({**told, "size": size, "auto": False})
         if pinned:
             self.rows["pinned"] = pinned
         elif self.controls["left"].value == "pinned":
             self._move({"left": "original"})
-        if self.controls["auto"].value:
-            self._move({"t0": report.t0, "steps": report.steps})
+        self._move({"t0": report.t0, "steps": report.steps} if self.controls["auto"].value else {})
         if self.controls["caption"].value != "typed":
             self._move({"words": report.caption or ""})
         self._draw()
@@ -272,6 +268,8 @@ class Page:
 
         def side(name: str) -> dict[str, Any] | None:
             image = self.rows.get(name, (0, None, None))[2]
+            if source and view.box and name == OBJECT:  # drawn when it is shown alone
+                image = roi_picture(source.image, view.box, source.matte)
             return {**rows[name], "url": _url(image)} if image else None
 
         left, lies = (self.controls[name].value for name in ("left", "over"))
@@ -315,7 +313,7 @@ class Page:
         sizes = [(f"{size} bytes", size) for size in SIZES]
         self.controls: dict[str, Any] = {
             "size": widgets.SelectionSlider(options=sizes, value=64, description="Size of the file, at most"),
-            "left": _choice("Left of the line", "original", OBJECT, "before the UNet", *self.names),
+            "left": _choice("Left of the line", "original", OBJECT, "before the UNet", *self.rivals.values()),
             "over": _choice("Over the picture", *OVER),
             "caption": _choice("Caption that is sent", "automatic", "none", "typed"),
             "words": widgets.Text(placeholder="type a caption, even a wrong one", description="words"),
@@ -326,14 +324,13 @@ class Page:
             "seed": widgets.BoundedIntText(max=2**32 - 1, description="seed"),
             "scene": widgets.BoundedIntText(43, max=len(self.explorer.scenes) - 1, description="scene"),
         }
-        self.camera = widgets.FileUpload(accept="image/*,.jxl,.avif,.heic", description="a photograph …", icon="")
-        self.opener = widgets.FileUpload(accept=".slim", description="open .slim …", icon="")
-        self.camera.add_class("photo")
-        self.opener.add_class("stream")
+        kinds, upload = "image/*,.jxl,.avif,.heic", functools.partial(widgets.FileUpload, icon="")
+        self.camera = upload(accept=kinds, description="a photograph …", _dom_classes=["photo"])
+        self.opener = upload(accept=".slim", description="open .slim …", _dom_classes=["stream"])
+        said = "SLIM compresses a picture for a classifier. Slide the size of its file; drag the line in the picture."
         pin, reset = widgets.Button(description="pin this"), widgets.Button(description="reset")
         pin.on_click(self._pin)
         reset.on_click(lambda _: self.follow(""))
-        said = "SLIM compresses a picture for a classifier. Slide the size of its file; drag the line in the picture."
         head = widgets.HTML(f"<h1>What does the machine still see?</h1> {said}")
         size, left, over, caption, words, weights, steps, t0, auto, seed, scene = self.controls.values()
         stage = _box("stage", _box("rate", size), self.picture)
@@ -351,11 +348,6 @@ def _box(kinds: str, *children: widgets.Widget) -> widgets.VBox:
 
 def _choice(title: str, *options: str) -> widgets.RadioButtons:
     return widgets.RadioButtons(options=options, description=title, orientation="horizontal")
-
-
-def _url(image: Image.Image) -> str:
-    """Lossless, and small: a server limits what a kernel may send in a second."""
-    return data_url(image, lossless=True, quality=0, method=0)
 
 
 # ------------------------------------------------------------------------------------------- the newest job only

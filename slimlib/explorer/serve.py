@@ -36,6 +36,7 @@ KERNELS = (
     "--pool_size=1",
     "--MappingKernelManager.cull_idle_timeout=60",  # seconds; for kernels whose page went without a word
     "--MappingKernelManager.cull_interval=20",
+    "--KernelRestarter.restart_limit=0",  # one that died is gone, and its page says so; another would not know the page
 )
 
 

@@ -103,7 +103,7 @@ function fromAddress() { // unknown names and values count for nothing
     if (name in most && +value >= 0 && +value <= most[name]) values[name] = Math.round(value);
     if (name.startsWith("pin") && name in usual && /^\d (right|wrong|none)$/.test(value) && +value[0] <= most.step) values[name] = value;
   }
-  change(values, false);
+  return change(values, false);
 }
 
 const load = (url) => new Promise((done) => { const image = new Image(); image.onload = () => done(image); image.src = url; });
@@ -117,19 +117,17 @@ DATA.scenes.forEach((scene, i) => {
   const button = Object.assign(document.createElement("button"), { type: "button", onclick: () => change({ scene: i, pin1: "", pin2: "", left: "original" }) });
   button.setAttribute("aria-label", `picture ${i + 1}`);
   $("scenes").append(button);
-  load(scene.sprite).then((image) => {
-    sprites[i] = image;
-    const small = button.appendChild(document.createElement("canvas"));
-    cut(i, 0)(small);
-  });
 });
 $("step").max = DATA.qualities.length - 1;
 $("step").oninput = () => change({ step: +$("step").value }, false);
 $("hide").onchange = () => change({ hide: +$("hide").checked });
 $("tell").onclick = () => { document.body.classList.remove("hides"); draw(); };
 for (const pin of ["pin1", "pin2"]) $(pin).onclick = () => change({ [pin]: `${state.step} ${state.caption}`, left: pin });
-$("link").onclick = () => navigator.clipboard?.writeText(location.href);
+copies($("link"));
 document.body.classList.toggle("present", new URLSearchParams(location.search).has("present"));
 onpopstate = fromAddress;
-fromAddress();
+fromAddress().then(() => DATA.scenes.forEach(async (scene, i) => { // thumbnails, once the first picture is there
+  sprites[i] ??= await load(scene.sprite);
+  cut(i, 0)($("scenes").children[i].appendChild(document.createElement("canvas")));
+}));
 $("step").focus({ preventScroll: true });

@@ -29,8 +29,7 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
     explorer = explorer or Explorer()
     table = read_table(RESULTS / "evaluation.csv")
     settings = Settings(weights=explorer.weights[0])
-    points = curves_of(table)
-    rates = points[next(iter(points))]
+    rates = next(iter(curves_of(table).values()))
     share = float(np.interp(CHOICE, rates.quality, rates.top1_b)) / 100
     right = round(count * share)
     rule = (
@@ -43,11 +42,8 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
         wrong = explorer.scene(chosen[i - 1]).caption  # of the scene before: another object
         scenes.append(_scene(explorer, replace(settings, scene=index), wrong, qualities))
     data = explorer.constants() | {"qualities": qualities, "side": explorer.scenes.size, "scenes": scenes}
-    here = Path(__file__).parent
-    files = {"css": "look.css", "viewer": "viewer.js", "script": "static.js"}
-    texts = {name: (here / file).read_text() for name, file in files.items()}
-    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    page = jinja2.Template((here / "static.html").read_text()).render(**texts, data=text, rule=rule)
+    text, here = json.dumps(data, separators=(",", ":")).replace("</", "<\\/"), Path(__file__).parent
+    page = jinja2.Template((here / "static.html").read_text()).render(here=here, data=text, rule=rule)
     write_file(out, page.encode())
     return rule
 
@@ -71,9 +67,8 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
     source = explorer.scene(settings.scene)
     words, pictures, steps = {"right": source.caption, "wrong": wrong, "none": ""}, [source.image], []
     for quality in qualities:
-        views = {}
-        for kind, text in words.items():
-            *_, views[kind] = explorer.look(replace(settings, quality=quality, caption=text))
+        asked = {kind: replace(settings, quality=quality, caption=text) for kind, text in words.items()}
+        views = {kind: list(explorer.look(one))[-1] for kind, one in asked.items()}
         view = views["right"]
         rivals = list(explorer.rivals(source, view.report.size))
         row: dict[str, Any] = {"before": first_of(view.guesses["before"])}

@@ -87,6 +87,11 @@ const first = ([name, share], truth) => { // what a machine sees; marked right o
   const [kind, sign] = !truth ? ["", ""] : name === truth ? ["ok", "✓ "] : ["no", "✗ "];
   return `<span class="${kind}">${sign}${safe(name)}</span> ${Math.round(100 * share)}%`;
 };
+const copies = (button) => (button.onclick = async () => { // the address, and says so for a while
+  await navigator.clipboard.writeText(location.href);
+  button.textContent = "copied";
+  setTimeout(() => (button.textContent = "copy link"), 2000);
+});
 const plain = (seen) => Object.entries(seen ?? {}).map(([machine, [name]]) => `${machine} says ${name}`).join(", ");
 
 // What is in a file, who sees what in it, and where on the curves it lies. `known` is the same for every file:
@@ -97,13 +102,13 @@ function factsView(root, known) {
   root.innerHTML = `<p class="summary" role="status"></p><div class="parts"></div><p class="key"></p><table></table>
     <figure><svg viewBox="0 0 360 220" role="img"></svg><figcaption></figcaption></figure>`;
   const [summary, parts, key, table, figure] = root.children, [svg, about] = figure.children;
-  const colour = (name) => `<i style="background:${known.colours[name]}"></i> ${name}`;
+  const colour = (name, more = "") => `<span><i style="background:${known.colours[name]}"></i> ${name}${more}</span>`;
 
   function drawCurves(bpp) {
     const rates = Object.values(known.curves).flat().map(([rate]) => rate), low = Math.min(...rates), high = Math.max(...rates);
     const x = (rate) => 34 + (320 * Math.log(rate / low)) / Math.log(high / low), y = (share) => 190 - 1.75 * share;
     const level = (v, words) => `<path d="M34 ${y(v)}H354" stroke="#ddd"/><text x="30" y="${y(v) + 3}" text-anchor="end">${words}</text>`;
-    const dashed = ([name, v], i) => `<path d="M34 ${y(v)}H354" stroke="#1a1a1a" stroke-dasharray="3 3"/><text x="37" y="${y(v) + (i ? 10 : -3)}">${name}</text>`;
+    const dashed = ([name, v], i) => `<path d="M34 ${y(v)}H354" stroke="#1a1a1a" stroke-dasharray="3 3"/><text x="353" y="${y(v) + 10 * Math.max(1, i)}" text-anchor="end">${name}</text>`;
     const line = ([name, points]) => `<polyline fill="none" stroke-width="2" stroke="${known.colours[name]}" points="${points.map(([r, a]) => `${x(r)},${y(a)}`)}"/>`;
     const ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1].filter((v) => v > low && v < high);
     const here = x(Math.min(high, Math.max(low, bpp)));
@@ -112,14 +117,14 @@ function factsView(root, known) {
       `<path class="here" d="M${here} 15V190" stroke="#1a1a1a"/>`, '<text x="194" y="217" text-anchor="middle">Bit-rate [bpp]</text>',
       '<text x="34" y="8">Top-1 of the judges [%]</text>'].join("");
     svg.setAttribute("aria-label", `Accuracy of the judges (mean) over the bit-rate; this file has ${bpp.toFixed(3)} bits per pixel`);
-    about.innerHTML = `${Object.keys(known.curves).map(colour).join(" ")}. Over many test scenes; the line marks this file's rate.`;
+    about.innerHTML = `${Object.keys(known.curves).map((name) => colour(name)).join(" ")}. Over many test scenes; the line marks this file's rate.`;
   }
 
   return function tell({ summary: words, truth, parts: bytes, rows, bpp }) {
     if (summary.innerHTML !== words) summary.innerHTML = words; // a screen reader says it again otherwise
     const spent = Object.entries(bytes).filter(([, count]) => count > 0);
     parts.innerHTML = spent.map(([name, count]) => `<i style="flex:${count};background:${known.colours[name]}"></i>`).join("");
-    key.innerHTML = `bytes: ${spent.map(([name, count]) => `${colour(name)} ${count}`).join(" ")}`;
+    key.innerHTML = `bytes: ${spent.map(([name, count]) => colour(name, ` ${count}`)).join(" ")}`;
     const cell = (seen, machine) => `<td>${seen ? first(seen[machine], truth) : "…"}</td>`;
     const who = known.machines.filter((m) => rows.some(({ seen }) => seen?.[m]));
     table.innerHTML = `<thead><tr><th>bytes</th><th></th>${who.map((m) => `<th>machine ${m}</th>`).join("")}</tr></thead>` +

@@ -240,14 +240,9 @@ def jobs_table(plan: Plan) -> pd.DataFrame:
     return table
 
 
-def digits(x: float) -> str:
-    """Four digits of a number; all of a large one."""
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
-
-
 def as_text(table: pd.DataFrame) -> str:
-    """A table for a terminal, "-" where there is no number."""
-    return table.to_string(float_format=digits, na_rep="-")
+    """A table for a terminal: four digits of a number, all of a large one, "-" where there is none."""
+    return table.to_string(float_format=lambda x: f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}", na_rep="-")
 
 
 def _default(f: Field) -> str:

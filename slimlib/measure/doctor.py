@@ -38,10 +38,10 @@ from slimlib.data.scenes import CLASSES, PocketScenes
 from slimlib.images import to_tensor
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import load_machine
-from slimlib.measure.costs import build, published
+from slimlib.measure.costs import Plan, build, memory, published
 from slimlib.measure.methods import clocked
 from slimlib.scales import Scale, hub_error, split_revision
-from slimlib.utils import describe_device, option, pick_device, quiet_libraries
+from slimlib.utils import describe_device, option, pick_device, quiet_libraries, rank_and_world, write_file
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _describe(found: Any) -> str:
         return found if isinstance(found, str) else f"{len(found)} to look at"
     if isinstance(found, LatentDiffusion):
         shape = f"factor {found.factor}, {found.latent_channels} channels, scaling {found.vae.config.scaling_factor:g}"
-        kind = found.scheduler.config.prediction_type
-        return f"{shape}, predicts {kind}, fingerprint {found.fingerprint().hex()[:8]}"
+        kind, spacing = found.scheduler.config.prediction_type, found.scheduler.config.timestep_spacing
+        return f"{shape}, predicts {kind}, {spacing} times, fingerprint {found.fingerprint().hex()[:8]}"
     return f"{sum(p.numel() for p in getattr(found, 'model', found).parameters()) / 1e6:.1f} million parameters"
 
 
@@ -131,7 +131,7 @@ def _versions() -> str:
 def _device(where: torch.device) -> str:
     if where.type != "cuda":
         return Note(f"{describe_device(where)}: enough to look around; training and evaluation want a GPU")
-    said = f"{torch.cuda.device_count()} x {describe_device(where)}"
+    said = f"{torch.cuda.device_count()} x {describe_device(where)}, process {rank_and_world()[0]} on {where}"
     return f"{said}, with bf16" if torch.cuda.is_bf16_supported() else Note(f"{said}, without bf16")
 
 
@@ -148,7 +148,11 @@ def _memory(scale: Scale, where: torch.device) -> str:
     have = torch.cuda.mem_get_info(where)[0] / 1e9 if where.type == "cuda" else free_memory()
     need = 12.0 if scale.name == "paper" else 2.0  # what assets/paper/trial.py allows; the pocket's is measured
     said = f"{have:.1f} GB free on {where.type}, {need:g} wanted"
-    return _expect(have >= need, said, "end what else runs, or take smaller pictures: --scale paper,size=256")
+    said = _expect(have >= need, said, "end what else runs, or take smaller pictures: --scale paper,size=256")
+    if scale.name != "paper":
+        return said
+    jobs = memory(Plan(size=scale.size)) @ [1, 8] / 1e9  # as counted, for eight pictures at a time
+    return f"{said} to look; {', '.join(f'{job} {need:.0f}' for job, need in jobs.items())}"
 
 
 def _disk(scale: Scale) -> str:
@@ -156,7 +160,10 @@ def _disk(scale: Scale) -> str:
     place = next(path for path in (Path(HF_HOME), *Path(HF_HOME).parents) if path.exists()) if remote else Path.cwd()
     free, need = shutil.disk_usage(place).free / 1e9, 12.0 if remote else 1.0
     said = f"{free:.1f} GB free at {place}, {need:g} wanted"
-    return _expect(free >= need, said, "set HF_HOME to a larger disk for the models")
+    said = _expect(free >= need, said, "set HF_HOME to a larger disk for the models")
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # where runs/ is written
+        _, milliseconds = clocked(write_file, Path(folder, "zeros"), bytes(1 << 26))
+    return f"{said}; 64 MiB written here in {milliseconds:.0f} ms"
 
 
 def _remote(scale: Scale) -> list[str]:
@@ -171,13 +178,15 @@ def _hub(scale: Scale) -> str:
     for name in _remote(scale):
         head, revision = split_revision(name)
         try:
-            commit = HfApi().model_info(head, revision=revision, timeout=10).sha or "?"
+            model = HfApi().model_info(head, revision=revision, timeout=10)
         except HfHubHTTPError as error:  # it has answered: no
             raise hub_error(name, error) from error
         except Exception as error:  # no network, a proxy, offline mode: each has an error of its own
             look = "see HF_HUB_OFFLINE, HF_ENDPOINT, and the proxy"
             return Note(f"not reached ({type(error).__name__}): only what is in the cache can be loaded; {look}")
-        said.append(f"{head}@{commit[:12]}" + ("" if revision else " (not pinned)"))
+        safe = any(file.rfilename.endswith(".safetensors") for file in model.siblings or [])
+        _expect(safe, name, "no safetensors in this revision; name one that has them, as owner/name@revision")
+        said.append(f"{head}@{(model.sha or '?')[:12]}" + ("" if revision else " (not pinned)"))
     return ", ".join(said) or "not needed: all models are folders"
 
 

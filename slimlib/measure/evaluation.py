@@ -95,8 +95,7 @@ def command(options: Options) -> int:
     scale, device = Scale.from_name(options.scale), pick_device(options.device)
     machines = methods.open_machines(scale, device)
     draw = (max(options.counts()), options.data, options.protocol, options.seed)
-    scenes = open_scenes(scale, options.split, *draw, machines["a"])
-    lost = 0
+    scenes, lost = open_scenes(scale, options.split, *draw, machines["a"]), 0
     if isinstance(scenes, ImageNetScenes):
         machines = {name: AsPublished(one, options.protocol == "full") for name, one in machines.items()}
         scenes.pictures, lost = scenes.pictures.readable(options.work)
@@ -140,6 +139,8 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
     ValueError where there is no method or variant of a name that was given.
     """
     folders, home = methods.SLIM_FOLDERS | methods.PIXEL_FOLDERS, Path(scale.compressor).parent
+    others = sorted({path.name for path in home.glob("compressor_*") if not path.suffix} - {*folders.values()})
+    folders |= {f"SLIM, {name.removeprefix('compressor_')}": name for name in others}  # such as other seeds of training
     there = {name: home / sub for name, sub in folders.items() if (home / sub / "config.json").exists()}
     names = ["uncompressed", *WORDS, *there, *methods.CLASSIC_NAMES.values()]
     strange = {*options.only} - {*names} | {*options.variants} - {*VARIANTS, "all"}
@@ -159,7 +160,7 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
         if name in methods.PIXEL_FOLDERS and name in only:
             baseline, key = PixelCodec.from_pretrained(folder), weights_key(*eyes, folder, data=data)
             jobs.append((methods.pixels(name, baseline, options.qualities, key), count))
-        elif name in methods.SLIM_FOLDERS and (name in only or first is None):
+        elif name not in methods.PIXEL_FOLDERS and (name in only or first is None):
             codec = methods.open_codec(scale, name, first, pick_device(options.device), dtype)
             if data and first is None:
                 data += codec.ldm.fingerprint().hex()  # what stands under a name of the hub may change
@@ -298,7 +299,9 @@ def save_tables(
 ) -> None:
     """Write scenes.csv.gz, evaluation.csv, comparisons.csv, times.csv; and what they are of into evaluation.json."""
     tables = {"scenes.csv.gz": results, "evaluation.csv": summarise(results, scenes[0].image.width ** 2)}
-    tables["comparisons.csv"] = all_comparisons(results)
+    tables["comparisons.csv"] = told = all_comparisons(results)
+    shown = ["anchor", "test", "machine", "bd_rate", "bd_rate_low", "bd_rate_high", "lost_draws", "won", "lost", "p"]
+    print(told[shown].to_string(index=False, float_format="%.3g") if len(told) else "no curves to compare")
     codec = next((method.codec for method, _ in jobs if method.codec), None)
     if codec:
         tables["times.csv"] = methods.measure_times(codec, [scenes[i] for i in range(min(5, len(scenes)))])

@@ -7,7 +7,8 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,6 @@ from slimlib.measure.baselines import PixelCodec, decode_classic, downscale, enc
 from slimlib.roi import object_box, roi_crop
 from slimlib.scales import Scale
 from slimlib.stream import FIXED_BYTES, unpack
-from slimlib.utils import autocast
 
 MACHINES = ("a", "a2", "b", "c", "d")  # their names in the tables; a scale may lack some
 SPENT = ["size", "payload", "caption", "hyper", "latent", "roi_bits", "encode_ms", "decode_ms"]
@@ -45,7 +45,7 @@ SLIM_FOLDERS = {
     "SLIM, feature matching": "compressor_features",
     "SLIM, joint": "compressor_joint",
 }
-"""Methods of the family, and their folders beside the scale's compressor."""
+"""Methods of the family, and their folders beside the scale's compressor; compressor_X, another, is "SLIM, X"."""
 MAIN = ("SLIM", "SLIM, stage 1", "SLIM, uniform weights")
 PIXEL_FOLDERS = {"hyperprior": "baseline_mse", "hyperprior, machine loss": "baseline_task"}
 CLASSIC_NAMES = {"jpeg": "JPEG", "webp": "WebP", "avif": "AVIF", "jpegxl": "JPEG XL", "jpeg2000": "JPEG 2000"}
@@ -54,12 +54,13 @@ SHRUNK = {"": 1.0, "1/2": 0.5, "1/4": 0.25}
 
 
 class Variant(NamedTuple):
-    """What an ablation changes: the caption ("auto", "none", "wrong", "oracle"), the steps K, the noise level t0."""
+    """What an ablation changes: the caption ("auto", "none", "wrong", "oracle"), steps K, noise level t0, noise."""
 
     caption: str = "auto"
     steps: int | None = None
     t0: int | None = None
     latent: bool = True
+    seed: int = 0
 
 
 VARIANTS = {
@@ -70,9 +71,10 @@ VARIANTS = {
     "no diffusion": Variant(steps=0),
     **{f"K = {steps}": Variant(steps=steps) for steps in (1, 2, 20)},
     **{f"t0 = {t0}": Variant(t0=t0) for t0 in (20, 50, 100, 200)},
+    **{f"seed = {seed}": Variant(seed=seed) for seed in (1, 2)},
     "caption only": Variant(latent=False),
 }
-"""The ablations of SLIM. K and t0 are taken as if the compressor's config said so: the files stay the same."""
+"""The ablations of SLIM. K, t0 and the decoder's seed are taken as if the file said so: it stays the same."""
 
 
 class Batch:
@@ -133,21 +135,18 @@ def slim(
     key: str = "",
     timed: int = 8,  # scenes that also go through the codec one at a time, for the clock
 ) -> Method:
-    """SLIM: the codec's own files, and its decoder on batches, in bfloat16 where that is fast.
-
-    Bytes depend on neither. Pixels do, a little: in bfloat16 by a quarter of a level on average, at half the time.
-    """
+    """SLIM: the codec's own files, and its decoder on batches, which changes pixels by rounding at most."""
 
     def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
         change = VARIANTS[variant]
         if not change.latent:
-            return _caption_only(codec, captions_of(batch, codec, change.caption, quality), batch.x.shape[-1])
+            return _caption_only(codec, captions_of(batch, codec, change.caption, quality), batch)
         files = files_of(batch, codec, change.caption, quality)
         z_hat, reports = torch.cat([file.z_hat for file in files]), [file.report for file in files]
         t0 = reports[0].t0 if change.t0 is None else change.t0
         steps = reports[0].steps if change.steps is None else change.steps
-        guidance = codec.compressor.config.walk(quality).guidance
-        walk = codec.ldm.enhance(z_hat, [r.caption or "" for r in reports], t0, steps, [0] * len(files), guidance)
+        guidance, seeds = codec.compressor.config.walk(quality).guidance, [change.seed] * len(files)
+        walk = codec.ldm.enhance(z_hat, [r.caption or "" for r in reports], t0, steps, seeds, guidance)
         spent = pd.DataFrame([report.bits for report in reports]) / 8
         spent["size"] = [report.size for report in reports]
         spent["payload"] = spent["size"] - spent["header"]
@@ -157,7 +156,7 @@ def slim(
         for i in range(0 if variant else min(len(files), timed - batch.indices[0])):  # the first scenes of all
             stream, spent.loc[i, "encode_ms"] = clocked(alone.compress, batch.images[i], quality)
             _, spent.loc[i, "decode_ms"] = clocked(alone.decompress, stream)
-        return _decode(codec, walk, z_hat), spent
+        return to_tensor(to_images(codec.ldm.decode(last(walk, z_hat)))), spent
 
     settings = [(variant, q) for variant in variants for q in (qualities if VARIANTS[variant].latent else (0.0,))]
     return Method(name, key, settings, run, codec)
@@ -180,20 +179,24 @@ def pixels(name: str, codec: PixelCodec, qualities: Sequence[float] = QUALITIES,
     return Method(name, key, [("", quality) for quality in qualities], run)
 
 
-def classic(codec: str, qualities: Sequence[int] = (1, 20, 40, 60, 80), key: str = "") -> Method:
-    """A classic codec, at full size and with downscaling first."""
+def classic(codec: str, qualities: Sequence[int] = (1, 20, 40, 60, 80), key: str = "", timed: int = 8) -> Method:
+    """A classic codec, at full size and with downscaling first, on all processor cores but for the scenes timed."""
 
     def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
         def encode(image: Image.Image) -> bytes:
             return encode_classic(downscale(image, SHRUNK[variant]), codec, int(quality))
 
-        pictures, spent = [], []
-        for image in batch.images:
+        def both(image: Image.Image) -> tuple[Image.Image, int, int, float, float]:
             data, encode_ms = clocked(encode, image)
             picture, decode_ms = clocked(decode_classic, data, image.size)
-            spent.append((len(data), payload_bytes(data, codec), encode_ms, decode_ms))
-            pictures.append(picture)
-        return to_tensor(pictures), pd.DataFrame(spent, columns=[*SPENT[:2], *SPENT[6:]])
+            return picture, len(data), payload_bytes(data, codec), encode_ms, decode_ms
+
+        alone = max(0, timed - batch.indices[0])
+        with ThreadPoolExecutor() as pool:  # Pillow's codecs let go of Python's lock; times would be of busy cores
+            found = [*map(both, batch.images[:alone]), *pool.map(both, batch.images[alone:])]
+        spent = pd.DataFrame([row[1:] for row in found], columns=[*SPENT[:2], *SPENT[6:]])
+        spent.loc[alone:, SPENT[6:]] = np.nan
+        return to_tensor([row[0] for row in found]), spent
 
     return Method(CLASSIC_NAMES[codec], key, [(variant, q) for variant in SHRUNK for q in qualities], run)
 
@@ -202,7 +205,7 @@ def ceiling(codec: SlimCodec, key: str = "") -> Method:
     """What no codec here can beat: the pictures themselves, and what the VAE alone makes of them."""
 
     def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
-        x = _whole_levels(codec.ldm.decode(codec.ldm.encode(batch.x).float())) if variant else batch.x
+        x = to_tensor(to_images(codec.ldm.decode(codec.ldm.encode(batch.x).float()))) if variant else batch.x
         return x, pd.DataFrame()
 
     return Method("uncompressed", key, [("", 0.0), ("VAE", 0.0)], run)
@@ -212,8 +215,20 @@ def words(name: str, codec: SlimCodec, machine: Machine, key: str = "") -> Metho
     """What says the class and shows nothing: machine A's answer as an index ("label only"), or the codec's caption at
     quality 0, of which one reads the class ("caption read"). No curve may be read without them.
 
-    The column "answer" holds the class that is said, or -1: every machine is told the same.
+    A caption that names no class is read as the class that it is nearest to, by the cosine of mean embeddings of the
+    diffusion model's text encoder. The column "answer" holds the class, or -1 for no caption: all machines are told it.
     """
+
+    @functools.cache
+    def embedded(*texts: str) -> Tensor:
+        parts = [codec.ldm.text(texts[i : i + 64]).float().mean(1) for i in range(0, len(texts), 64)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+    def read(text: str) -> int:
+        named = [i for i, said in enumerate(machine.classes) if f" {said} " in f" {text} "]
+        if named or not text:
+            return (named or [-1])[0]
+        return int((embedded(text) @ embedded(*machine.classes).T).argmax())
 
     def run(batch: Batch, variant: str, quality: float) -> tuple[Tensor, pd.DataFrame]:
         if name == "label only":
@@ -221,8 +236,7 @@ def words(name: str, codec: SlimCodec, machine: Machine, key: str = "") -> Metho
             spent = pd.DataFrame({"payload": [-(-(len(machine.classes) - 1).bit_length() // 8)] * len(answers)})
             return batch.x, spent.assign(size=FIXED_BYTES + spent.payload, answer=answers)
         captions = captions_of(batch, codec, "auto", 0.0)
-        told = [[i for i, said in enumerate(machine.classes) if f" {said} " in f" {text} "] for text in captions]
-        return batch.x, _files_of(codec, captions).assign(answer=[(labels or [-1])[0] for labels in told])
+        return batch.x, _files_of(codec, captions).assign(answer=[read(text) for text in captions])
 
     return Method(name, key, [("", 0.0)], run)
 
@@ -254,20 +268,20 @@ def open_codec(
 ) -> SlimCodec:
     """The codec of `SLIM_FOLDERS`[name] at a scale, or in a folder like assets/pocket; `like` lends its other parts."""
     scale = scale if isinstance(scale, Scale) else Scale.from_name(scale)
-    folder = Path(scale.compressor).parent / SLIM_FOLDERS[name]
+    folder = Path(scale.compressor).parent / SLIM_FOLDERS.get(name, f"compressor_{name.removeprefix('SLIM, ')}")
     if like is None or (folder / "unet_lora").is_dir():
         return SlimCodec.from_pretrained(replace(scale, compressor=str(folder)), device, exact=False, dtype=dtype)
     own, prior = LatentCompressor.from_pretrained(folder, like.ldm.device), CaptionPrior.load(folder / CAPTION_PRIOR)
     return SlimCodec(like.ldm, own, prior, like.captioner, exact=False)
 
 
-def _caption_only(codec: SlimCodec, captions: list[str], size: int) -> tuple[Tensor, pd.DataFrame]:
-    """What the stock pipeline draws for captions, from pure noise, another seed each; and the files they would need."""
-    ldm = codec.ldm
-    z = torch.zeros(len(captions), ldm.latent_channels, size // ldm.factor, size // ldm.factor)
-    prompts = [f"a photo of {caption}" if caption else "" for caption in captions]
-    walk = ldm.enhance(z, prompts, ldm.scheduler.config.num_train_timesteps - 1, 20, range(1, 1 + len(z)), 4.0)
-    return _decode(codec, walk, z), _files_of(codec, captions)
+def _caption_only(codec: SlimCodec, captions: list[str], batch: Batch) -> tuple[Tensor, pd.DataFrame]:
+    """What the stock pipeline draws for captions at its own size, made as small as the scenes; files of captions."""
+    ldm, side, top = codec.ldm, codec.ldm.unet.config.sample_size, codec.ldm.scheduler.config.num_train_timesteps - 1
+    z, seeds = torch.zeros(len(captions), ldm.latent_channels, side, side), [1 + i for i in batch.indices]
+    walk = ldm.enhance(z, [f"a photo of {text}" if text else "" for text in captions], top, 20, seeds, 4.0)
+    drawn = [image.resize(batch.images[0].size) for image in to_images(ldm.decode(last(walk, z)))]  # bicubic
+    return to_tensor(drawn), _files_of(codec, captions)
 
 
 def _files_of(codec: SlimCodec, captions: list[str]) -> pd.DataFrame:
@@ -280,11 +294,6 @@ def _files_of(codec: SlimCodec, captions: list[str]) -> pd.DataFrame:
         payload = len(coder.get_bytes())
         spent.append((FIXED_BYTES + payload, payload, coder.bits / 8, 0, 0))
     return pd.DataFrame(spent, columns=SPENT[:5])
-
-
-def _decode(codec: SlimCodec, walk: Iterator[Tensor], z: Tensor) -> Tensor:
-    with autocast(codec.ldm.device, cpu=True):
-        return _whole_levels(codec.ldm.decode(last(walk, z)))
 
 
 def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -352,8 +361,3 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
 def _inside(bit_map: np.ndarray, scene: Scene) -> float:
     """Share of the bits of a map (rows, columns) that lie inside the region of interest, by area of each cell."""
     return float((bit_map * scene.mask(*bit_map.shape)).sum()) / max(float(bit_map.sum()), 1e-9)
-
-
-def _whole_levels(x: Tensor) -> Tensor:
-    """Rounded to whole levels, as pictures are."""
-    return to_tensor(to_images(x.float()))
