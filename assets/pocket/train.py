@@ -614,7 +614,7 @@ def train_pixels(run: Run, start: str = "") -> None:
     codec = PixelCodec.from_pretrained(run.out / start) if start else new_pixel_codec()
     model = codec.compressor
     loss_of = pixel_loss(model, cache, teachers, config, run.device)
-    run.fit({"model": model}, loss_of, groups=training.parameter_groups(model))
+    run.fit({"model": model}, lambda _: loss_of({"model": model}), groups=training.parameter_groups(model))
     model.to(memory_format=torch.contiguous_format)
     run.publish(model.save_pretrained, lambda: cards.measure_pixels(codec, run.machines, run.options.test))
 
