@@ -228,17 +228,19 @@ class SlimCodec:
         with _threads(self.exact), torch.no_grad():
             return self.ldm.encode(x).float()
 
-    def look(self, picture: Image.Image, z: Tensor, quality: float) -> tuple[Tensor, str]:
-        """Where the compressor sees the object in a picture with latent z, (1, H, W) in [0, 1]; and words for it.
-
-        There are no words where the captioner is not sure enough of them: a wrong word does more harm than none.
-        """
+    def region(self, picture: Image.Image, z: Tensor, quality: float) -> Tensor:
+        """Where the compressor sees the object in a picture with latent z, (1, H, W) in [0, 1]."""
         with _threads(self.exact), torch.no_grad():
-            region = self.compressor.region(z, quality)
-            region = F.interpolate(region, scale_factor=self.ldm.factor, mode="bilinear")
-            region = region[0, :, : picture.height, : picture.width]
+            cells = self.compressor.region(z, quality)
+            cells = F.interpolate(cells, scale_factor=self.ldm.factor, mode="bilinear")
+            return cells[0, :, : picture.height, : picture.width]
+
+    def look(self, picture: Image.Image, z: Tensor, quality: float) -> tuple[Tensor, str]:
+        """`region`, and words for it; none where the captioner is not sure enough: a wrong word does more harm."""
+        region = self.region(picture, z, quality)
+        with _threads(self.exact), torch.no_grad():
             text, chance = self.captioner.describe([picture.crop(object_box(region))])[0]
-            return region, text if chance >= self.captioner.floor else ""
+        return region, text if chance >= self.captioner.floor else ""
 
     def read(self, stream: bytes) -> Decoded:
         """Undo the entropy coding and the compressor only: the latent as it enters the diffusion."""

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pocket"))
 from train import LAMBDAS, new_pixel_codec, pixel_loss
 
 from slimlib.data.cache import Cache
-from slimlib.data.train import write_card, write_folder
+from slimlib.data.train import restore, write_card, write_folder
 from slimlib.loop import fit
 from slimlib.machines import load_machine
 from slimlib.measure.baselines import PixelCodec
@@ -52,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, or go on; returns the exit status."""
     parser = HfArgumentParser(Options, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     (options,) = parser.parse_args_into_dataclasses(arguments)
+    for folder in filter(None, (options.start, options.out)):
+        restore(folder)
+    if any(options.out.glob("*")) and not (options.out / "card.json").exists():
+        raise SystemExit(f"{options.out} holds no earlier result of training; name another folder in --out")
     cache, device = Cache.open(options.cache), pick_device(options.device)
     if cache.images is None:
         raise SystemExit(f"{options.cache} holds no pictures: make another cache with `slim preprocess --keep-images`")

@@ -20,7 +20,6 @@ import matplotlib
 import numpy as np
 import pandas
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
@@ -234,18 +233,16 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
         codec = self.codec(settings.weights)
         item = codec.read(stream)
         report, config = item.report, codec.compressor.config
-        w, h = report.width, report.height
 
         def picture(z: Tensor) -> Image.Image:
-            return to_images(codec.ldm.decode(z).float())[0].crop((0, 0, w, h))
+            return to_images(codec.ldm.decode(z).float())[0].crop((0, 0, report.width, report.height))
 
         z, step, before = item.z_hat, 0, picture(item.z_hat)
         bits = bits_picture(source.image if source else before, report.bit_map, codec.ldm.factor * 2**config.stages)
         pictures, box = {"bits": bits, "before": before}, None
-        if source:  # the box as in `SlimCodec.look`, which would ask the captioner, too
+        if source:
             pictures["original"] = source.image
-            cam = codec.compressor.region(codec.encode(source.image), report.quality)
-            box = object_box(F.interpolate(cam, scale_factor=codec.ldm.factor, mode="bilinear")[0, :, :h, :w])
+            box = object_box(codec.region(source.image, codec.encode(source.image), report.quality))
         scene = bool(source and source.truth)
         guesses = {"before": self.guess(before, scene)}
         yield (view := View(source, settings, stream, report, pictures, guesses, box))
