@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class CompressorConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}.")
-        walks = np.array(self.walks, float)
+        walks = np.array([*zip_longest(*self.walks)], float).T  # NaN where a row is too short
         sound = walks.shape == (len(walks), 4) and len(walks) and np.isfinite(walks).all() and walks[0, 0] == 0
         if not sound or (np.diff(walks[:, 0]) <= 0).any():
             raise ValueError(f"walks must be rows [quality, t0, K, guidance], rising from quality 0, not {self.walks}.")

@@ -565,7 +565,15 @@ def test_the_command(place: SimpleNamespace, tmp_path: Path, capsys: Any, monkey
     assert written and all(path.is_relative_to(home) for path in written)
     assert (out / "scenes.csv.gz").read_bytes()[4:8] == bytes(4), "no time: the same results make the same file"
     options.scenes, options.out = 6, None
+    with monkeypatch.context() as patch:  # one process may run classic codecs, while another one has the GPU
+        patch.setattr(methods, "open_codec", None)
+        options.only = ["WebP"]
+        evaluation.command(options)
+        assert "SLIM" not in capsys.readouterr().out
+    classic = {path: path.read_bytes() for path in home.glob("webp-*/*.csv")}
+    options.only = few["only"]
     evaluation.command(options)
+    assert len(classic) == 3 and all(path.read_bytes() == data for path, data in classic.items())
     assert all(path.read_bytes() == data for path, data in written.items()), "nothing is measured twice"
     assert " 6 " in capsys.readouterr().out
 

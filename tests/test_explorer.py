@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import io
 import os
 import shutil
@@ -22,6 +21,7 @@ import numpy as np
 import pandas
 import psutil
 import pytest
+import time_explorer
 import torch
 from PIL import Image
 from tiny_codec import TINY, make_world, picture
@@ -468,13 +468,12 @@ def test_command(models: Explorer, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(serve, "serve", lambda *given: calls.append((given, os.environ.get("OMP_WAIT_POLICY"))))
     assert serve.command(serve.Options(port=1234, browser=False)) == 0
     assert calls[0][0] == (1234, False) and calls[0][1].lower() == "passive"
-    monkeypatch.setattr("slimlib.explorer.page.Page", functools.partial(Page, models))
-    assert serve.command(serve.Options(benchmark=True, moves=2)) == 0 and len(calls) == 1
+    time_explorer.main(2, Page(models))
     said = capsys.readouterr().out
     assert said.startswith("2 moves") and "finished picture: median" in said
 
 
-@pytest.mark.parametrize("words", ["--port 99999", "--port 0", "--benchmark --moves 0"])
+@pytest.mark.parametrize("words", ["--port 99999", "--port 0"])
 def test_a_wrong_option_is_said_in_one_line(words: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         sys.exit(main(["explore", *words.split()]))

@@ -186,6 +186,18 @@ def test_shards_hold_the_same(folder: Path, shards: str) -> None:
         Pictures.from_shards("/nowhere/*.tar")
 
 
+def test_a_shard_is_indexed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shard(tmp_path / "a.tar", {"0.jpg": b"-", "0.cls": b"1", "1.jpg": b"--", "1.cls": b"2"})
+    write_shard(tmp_path / "b.tar", {"2.jpg": b"-", "2.cls": b"3"})
+    first = Pictures.open(str(tmp_path / "*.tar"), "validation", tmp_path / "kept").samples
+    opened, index = [], imagenet._index
+    monkeypatch.setattr(imagenet, "_index", lambda path: opened.append(path.name) or index(path))
+    assert Pictures.open(str(tmp_path / "*.tar"), "validation", tmp_path / "kept").samples == first and not opened
+    write_shard(tmp_path / "b.tar", {"2.jpg": b"-", "2.cls": b"4", "3.jpg": b"-", "3.cls": b"4"})
+    new = Pictures.open(str(tmp_path / "*.tar"), "validation", tmp_path / "kept").samples
+    assert opened == ["b.tar"] and [sample.label for sample in new] == [1, 2, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("pattern", "there"),
     [
@@ -299,6 +311,12 @@ def test_streaming(folder: Path, shards: str, tmp_path: Path, kind: str, monkeyp
     monkeypatch.setattr(datasets.IterableDataset, "skip", None)
     assert contents(Pictures.open(f"hub:{name}", "validation", tmp_path / "some", 5, 3)) == contents(some)
     monkeypatch.undo()
+    monkeypatch.setattr(imagenet, "TOTAL", {"validation": 12})
+    monkeypatch.setenv("RANK", "1")  # another process waits, until the first one has fetched
+    fetch = lambda seconds: shutil.copytree(tmp_path / "some", tmp_path / "shared")  # noqa: E731
+    monkeypatch.setattr(imagenet.time, "sleep", fetch)
+    assert contents(Pictures.from_hub(name, "validation", tmp_path / "shared", 7, seed=3)) == contents(more)
+    monkeypatch.undo()
     monkeypatch.setattr(imagenet, "TOTAL", {"validation": 13})
     with pytest.raises(ValueError, match="fewer pictures than the 13"):
         Pictures.from_hub(name, "validation", tmp_path / "kept")
@@ -339,6 +357,15 @@ def test_subsets_grow_and_do_not_repeat(folder: Path) -> None:
     prints = {n: Pictures.open(str(folder), "validation", "", n).fingerprint() for n in (4, 8, None)}
     assert prints[4] == prints[8] != prints[None]
     assert prints[4] != Pictures.open(str(folder), "validation", "", 4, seed=1).fingerprint()
+
+
+def test_as_many_pictures_of_each_class() -> None:
+    labels = np.repeat(range(10), [5, 15] * 5).tolist()
+    drawn = [np.array(subset(100, n, 3, labels=labels)) for n in (30, 50, 100)]
+    assert all((drawn[2][: len(some)] == some).all() for some in drawn) and sorted(drawn[2]) == list(range(100))
+    assert np.bincount(np.array(labels)[drawn[0]]).tolist() == [3] * 10
+    assert np.bincount(np.array(labels)[drawn[1]]).tolist() == [5] * 10
+    assert drawn[0].tolist() != subset(100, 30, 4, labels=labels)
 
 
 def test_training_pictures_to_choose_by_are_never_trained_on() -> None:

@@ -91,6 +91,9 @@ def test_a_warm_start_of_stage_1_keeps_its_architecture_but_not_its_settings(wor
     assert slim_train(world, tmp_path / "warm", f"--start {world / 'compressor'}") == 0
     start, warm = (LatentCompressor.from_pretrained(f, device="cpu") for f in (world / "compressor", tmp_path / "warm"))
     assert warm.config == start.config
+    assert slim_train(world, tmp_path / "turbo", f"--start {tmp_path / 'warm'} --walks 0 999 4 1 0.5 249 1 1") == 0
+    turbo = LatentCompressor.from_pretrained(tmp_path / "turbo", device="cpu").config
+    assert turbo == replace(start.config, walks=[[0, 999, 4, 1], [0.5, 249, 1, 1]]) and turbo.walk(0.6) == (249, 1, 1)
     assert json.loads((tmp_path / "warm/card.json").read_text())["training"]["w_bg"] == 0.05
 
 
@@ -98,6 +101,7 @@ def test_a_warm_start_of_stage_1_keeps_its_architecture_but_not_its_settings(wor
     ("words", "reason"),
     [
         ("--task ce --a 1", "stage 1 has no --a, --task"),
+        ("--walks 0 999 4 1 0.5 249 1", "walks must be rows"),
         ("--stage 2", "stage 2 needs --start"),
         ("--stage 2 --start nowhere", "nowhere"),
         ("--stage 2 --start START --task nonsense", "nonsense"),

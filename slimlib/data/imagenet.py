@@ -14,12 +14,14 @@ import json
 import os
 import re
 import tarfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 from PIL import Image, ImageOps
@@ -31,7 +33,7 @@ from slimlib.images import as_rgb, to_tensor
 from slimlib.machines import Machine, imagenet_classes, imagenet_info, load_machine
 from slimlib.roi import gradcam
 from slimlib.scales import Scale, hub_error, split_revision
-from slimlib.utils import Device, pick_device, write_file
+from slimlib.utils import Device, pick_device, rank_and_world, write_file
 
 WNIDS = imagenet_info().label_names()  # WordNet ids of the 1,000 classes in label order: sorted
 CLASS_NAMES = imagenet_classes()
@@ -39,6 +41,7 @@ LABEL_OF = {wnid: label for label, wnid in enumerate(WNIDS)}
 PROTOCOLS: dict[str, Any] = {"crop": ImageOps.fit, "squash": Image.Image.resize, "full": ImageOps.fit}
 """How the literature makes squares: the centre of the picture, or all of it whatever its shape. Of "full" the machines
 see all of the centre (`AsPublished`), as TransTIC and Adapt-ICMH have it. Results name theirs."""
+PARTS = {"tune": "train"}  # of the data, in which a split lies that does not bear its name
 TUNE = 10_000  # training pictures on which settings are chosen: nothing is trained on them, and none is a test picture
 TROUBLE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of a machine, not of a picture
 LARGEST = 1 << 27  # pixels of the largest picture that is read, to be made small; ImageNet holds some of 20 million
@@ -133,13 +136,14 @@ class Pictures(Sequence):
         return cls([Sample(p.as_posix(), LABEL_OF[p.parts[0][:9]], Path(folder, p)) for p in pictures])
 
     @classmethod
-    def from_shards(cls, pattern: str | Path) -> Pictures:
+    def from_shards(cls, pattern: str | Path, folder: str | Path | None = None) -> Pictures:
         """WebDataset shards: local tar files in which a picture (key.jpg) and its label (key.cls) share a key.
 
         They are read in place through an index of offsets, so that any picture can be had without the ones before.
 
         Args:
             pattern: with wildcards, or with braces, as WebDataset writes them: {000..063}, {a,b}; or one file's name.
+            folder: keeps the index of each shard, for the next call, for as long as the shard is the same file.
 
         FileNotFoundError where no file fits the pattern, or one that braces name is not there. ValueError where a shard
         is damaged, cut or empty; where a picture has no label, one that the WordNet id in its key contradicts, or a
@@ -147,37 +151,20 @@ class Pictures(Sequence):
         """
         samples = []
         for path in _matching(str(pattern)):
-            pictures: dict[str, Any] = {}
-            labels: dict[str, Any] = {}
-            try:
-                with tarfile.open(path, "r:") as shard:
-                    for member in shard:
-                        ending = "." + member.name.rpartition("/")[2].partition(".")[2]
-                        kept = pictures if ending.lower() in ENDINGS else labels if ending.lower() == ".cls" else None
-                        if kept is None or _foreign(member.name) or not member.isfile():
-                            continue
-                        if (key := member.name.removesuffix(ending)) in kept:
-                            raise ValueError(f"it holds {member.name} twice")
-                        at = member.offset_data, member.size
-                        kept[key] = at if kept is pictures else int(shard.extractfile(member).read())  # type: ignore
-                with path.open("rb") as file:  # tarfile takes a damaged header, or none at all, for the end
-                    file.seek(shard.offset)
-                    end = file.read(1 << 20)
-                if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-                    raise ValueError(f"at byte {shard.offset} it is cut, damaged, or goes on as another archive")
-            except (tarfile.TarError, ValueError) as error:
-                raise ValueError(f"{path} is damaged, or no shard: {error}") from error
-            samples += [Sample(key, _checked(key, labels.get(key), path), path, *at) for key, at in pictures.items()]
-            if (bare := sorted(labels.keys() - pictures.keys())) or not pictures:
-                what = f"{len(bare)} labels without a picture, such as {bare[0]}.cls" if bare else "no pictures"
-                raise ValueError(f"{path} holds {what}")
+            same = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+            kept = Path(folder or "", f"index-{hashlib.sha256(same.encode()).hexdigest()[:16]}.json")
+            rows = json.loads(kept.read_text()) if folder and kept.exists() else _index(path)
+            if folder and not kept.exists():
+                write_file(kept, json.dumps(rows).encode())
+            samples += [Sample(key, label, path, *at) for key, label, *at in rows]
         return cls(samples)
 
     @classmethod
     def from_hub(cls, name: str, split: str, folder: str | Path, n: int | None = None, seed: int = 0) -> Pictures:
         """A Hugging Face data set, streamed once, up to the last of the n pictures of `subset`, or of all.
 
-        They are kept, undecoded, in a folder of `folder` for this data set and split, and not fetched again.
+        They are kept, undecoded, in a folder of `folder` for this data set and split, and not fetched again. Of several
+        processes the first one fetches, and the others wait for what it keeps.
 
         Args:
             name: "ILSVRC/imagenet-1k", "timm/imagenet-1k-wds@revision", or a local folder that `datasets` can read.
@@ -191,7 +178,7 @@ class Pictures(Sequence):
             raise ImportError("streaming from the hub needs `pip install 'slimlib[imagenet]'`") from error
         head, revision = split_revision(name)
         try:
-            part = "train" if split == "tune" else split
+            part = PARTS.get(split, split)
             rows = datasets.load_dataset(head, split=part, streaming=True, revision=revision).decode(False)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
             raise hub_error(name, error) from error
@@ -204,8 +191,13 @@ class Pictures(Sequence):
         total = getattr((rows.info.splits or {}).get(part), "num_examples", None) or TOTAL[part]
         wanted = subset(total, n, seed, split)
         folder = Path(folder) / re.sub(r"\W+", "-", f"{name} {part}").strip("-").lower()
-        kept = {int(path.stem[:8]): path for path in folder.glob("[0-9]*.img")}  # and nothing hidden
-        missing = sorted(set(wanted) - set(kept))
+        while True:
+            kept = {int(path.stem[:8]): path for path in folder.glob("[0-9]*.img")}  # and nothing hidden
+            missing = sorted(set(wanted) - set(kept))
+            if not missing or rank_and_world()[0] == 0:
+                break
+            print(f"waiting for the first process, which has {len(missing)} pictures to fetch into {folder}")
+            time.sleep(10)
         stream = enumerate(rows.skip(missing[0]), missing[0]) if missing else iter(())
         for index in missing:
             row = next((row for at, row in stream if at == index), None)
@@ -230,19 +222,23 @@ class Pictures(Sequence):
         """
         if data.startswith("hub:"):
             return cls.from_hub(data.removeprefix("hub:"), split, folder, n, seed)
-        part = "train" if split == "tune" else split
+        part = PARTS.get(split, split)
         inside = Path(data) / ("val" if split == "validation" else part)
         place = str(inside) if inside.is_dir() else data.replace("{split}", part)
         shards = not Path(place).is_dir() and ".tar" in place.lower()
-        whole = (cls.from_shards(place) if shards else cls.from_folder(place)).samples
-        drawn = [whole[i] for i in subset(len(whole), n, seed, split)]
-        return cls(drawn, f"{len(whole)} drawn by {seed}" if n else None)
+        whole = (cls.from_shards(place, folder) if shards else cls.from_folder(place)).samples
+        drawn = [whole[i] for i in subset(len(whole), n, seed, split, [one.label for one in whole])]
+        return cls(drawn, f"{len(whole)} drawn by {seed}, all classes alike" if n else None)
 
 
-def subset(total: int, n: int | None, seed: int = 0, split: str = "validation") -> list[int]:
+def subset(
+    total: int, n: int | None, seed: int = 0, split: str = "validation", labels: Sequence[int] | None = None
+) -> list[int]:
     """n of `total` indices in random order, of which a smaller n's come first; None: all of them, in order.
 
-    Of training pictures the split "tune" has `TUNE`, or a tenth if that is less, whatever the seed; "train" the rest.
+    With the label of each, one of every class comes first, then another of every class, ...: 5,000 of ImageNet are five
+    of each. Of training pictures the split "tune" has `TUNE`, or a tenth if that is less, whatever the seed; "train"
+    the rest.
     """
     known = np.arange(total)
     if split != "validation":
@@ -252,7 +248,39 @@ def subset(total: int, n: int | None, seed: int = 0, split: str = "validation") 
         return known.tolist()
     if not 0 < n <= len(known):
         raise ValueError(f"{n} pictures of {len(known)}: expected 1 to {len(known)}")
-    return known[np.random.default_rng(seed).permutation(len(known))[:n]].tolist()
+    drawn = known[np.random.default_rng(seed).permutation(len(known))]
+    if labels is not None:
+        turns = pd.Series(np.array(labels)[drawn])
+        drawn = drawn[np.argsort(turns.groupby(turns).cumcount(), kind="stable")]
+    return drawn[:n].tolist()
+
+
+def _index(path: Path) -> list[tuple[str, int, int, int]]:
+    """Key, label, offset and size of each picture in a shard; ValueError as `Pictures.from_shards` says."""
+    pictures, labels = dict[str, Any](), dict[str, Any]()
+    try:
+        with tarfile.open(path, "r:") as shard:
+            for member in shard:
+                ending = "." + member.name.rpartition("/")[2].partition(".")[2]
+                kept = pictures if ending.lower() in ENDINGS else labels if ending.lower() == ".cls" else None
+                if kept is None or _foreign(member.name) or not member.isfile():
+                    continue
+                if (key := member.name.removesuffix(ending)) in kept:
+                    raise ValueError(f"it holds {member.name} twice")
+                at = member.offset_data, member.size
+                kept[key] = at if kept is pictures else int(shard.extractfile(member).read())  # type: ignore
+        with path.open("rb") as file:  # tarfile takes a damaged header, or none at all, for the end
+            file.seek(shard.offset)
+            end = file.read(1 << 20)
+        if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+            raise ValueError(f"at byte {shard.offset} it is cut, damaged, or goes on as another archive")
+    except (tarfile.TarError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or no shard: {error}") from error
+    rows = [(key, _checked(key, labels.get(key), path), *at) for key, at in pictures.items()]
+    if (bare := sorted(labels.keys() - pictures.keys())) or not pictures:
+        what = f"{len(bare)} labels without a picture, such as {bare[0]}.cls" if bare else "no pictures"
+        raise ValueError(f"{path} holds {what}")
+    return rows
 
 
 def _foreign(name: str) -> bool:

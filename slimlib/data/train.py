@@ -9,6 +9,7 @@ Examples:
   slim train --cache runs/train --out runs/compressor_uniform --w-bg 1
   slim train --stage 2 --cache runs/train --start runs/compressor --out runs/compressor_stage2
   slim train --stage 2 --cache runs/train --start runs/compressor --out runs/compressor_stage2 --resume
+  slim train ... --walks 0 999 4 1      (as a distilled model such as SD-Turbo wants it, at every quality)
   torchrun --nproc_per_node 8 -m slimlib train --scale paper --cache runs/paper/train --out runs/paper/compressor
 """
 
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -50,6 +51,7 @@ class Job:
     stage: Literal[1, 2] = option(1, "what to train")
     start: Path | None = option(None, "compressor to start from; its caption prior goes along")
     scale: str = option("paper", "as the cache was made with: paper, pocket, a folder, or such as paper,ldm=owner/name")
+    walks: list[float] = option([], "how to decode: from which quality on, t0, steps K, guidance; four for each range")
     resume: bool = option(False, "go on from the checkpoint")
     bf16: bool = option(False, "keep the frozen networks of stage 2 in bfloat16: half their memory, and no casts")
     max_seconds: float | None = option(None, "stop after this time with a checkpoint")
@@ -126,11 +128,16 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     if cache.latents is None:
         raise ValueError(f"{options.cache} holds no latents; fill another cache with them")
     shape = {"latent_channels": cache.latents.shape[1], "factor": cache.about["factor"]}
+    rows = [options.walks[i : i + 4] for i in range(0, len(options.walks), 4)]
+    walks: dict[str, Any] = {"walks": rows} if rows else {}
     model = LatentCompressor.from_pretrained(options.start, device) if options.start else None
     if model and (model.config.latent_channels, model.config.factor) != tuple(shape.values()):
         raise ValueError(f"{options.start} works on other latents than those in {options.cache}: {shape}")
+    if model:
+        model.config = replace(model.config, **walks)
     if not isinstance(config, Stage2Config):
-        return train_stage1(config, cache.latents, cache.masks, work, model or CompressorConfig(**shape), **limits)
+        start = model or CompressorConfig(**shape, **walks)
+        return train_stage1(config, cache.latents, cache.masks, work, start, **limits)
     if model is None:
         raise ValueError("stage 2 needs --start, the compressor that stage 1 has left")
     scale = Scale.from_name(options.scale)

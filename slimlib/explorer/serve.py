@@ -3,12 +3,10 @@
 Examples:
     slim explore                  start the page and open a browser
     slim explore --static OUT     write the static explorer, one HTML file that needs nothing else (minutes)
-    slim explore --benchmark      how long an answer takes: slider to picture, over 100 moves
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -45,23 +43,18 @@ class Options:  # `utils.option` would import torch, which the server can do wit
     port: int = field(default=8866, metadata={"help": "of the page"})
     browser: bool = field(default=True, metadata={"help": "open the page in a browser"})
     static: Path | None = field(default=None, metadata={"help": "write the static explorer here, and serve nothing"})
-    benchmark: bool = field(default=False, metadata={"help": "measure, and serve nothing"})
-    moves: int = field(default=100, metadata={"help": "slider moves of the benchmark"})
 
     def __post_init__(self) -> None:
-        for name, most in (("port", 65_535), ("moves", 10_000)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"argument --{name}: {getattr(self, name)} is not a number from 1 to {most}")
+        if not 1 <= self.port <= 65_535:
+            raise ValueError(f"argument --port: {self.port} is not a number from 1 to 65535")
 
 
 def command(options: Options) -> int:
-    """Serve the page until it is interrupted, write the static one, or measure how fast it is."""
+    """Serve the page until it is interrupted, or write the static one."""
     if options.static:
         from slimlib.explorer.static import build
 
         print(build(options.static))
-    elif options.benchmark:
-        benchmark(options.moves)
     else:
         serve(options.port, options.browser)
     return 0
@@ -85,21 +78,3 @@ def serve(port: int, browser: bool) -> None:
         options = [str(page), f"--port={port}", "--Voila.ip=127.0.0.1", "--template=explorer", *KERNELS]
         options += [] if browser else ["--no-browser"]
         Voila.launch_instance(options, tornado_settings=SERVER | {"static_path": DEFAULT_STATIC_FILES_PATH})
-
-
-def benchmark(moves: int) -> None:
-    """Move the slider over bytes of a page without a browser, and print how long the pictures took."""
-    import numpy as np
-
-    from slimlib.explorer.page import SIZES, Page
-
-    page, times = Page(), []
-    others = [size for size in SIZES if size != page.controls["size"].value]
-    for size in itertools.islice(itertools.cycle(others), moves):
-        page.controls["size"].value = size
-        page.wait()
-        times.append([1000 * page.answered["before"], 1000 * page.answered["after"]])
-    (first, finished), (late, last) = np.percentile(times, [50, 95], axis=0)
-    print(f"{len(times)} moves of the slider")
-    print(f"first picture and bytes: median {first:.0f} ms, 95th percentile {late:.0f} ms")
-    print(f"finished picture: median {finished:.0f} ms, 95th percentile {last:.0f} ms")

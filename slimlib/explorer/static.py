@@ -10,10 +10,11 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
+from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from slimlib.explorer.engine import Explorer, Settings, curves_of, data_url, first_of
+from slimlib.images import to_images, to_tensor
 from slimlib.measure.evaluation import RESULTS, read_table
 from slimlib.utils import write_file
 
@@ -82,13 +83,5 @@ def _scene(explorer: Explorer, settings: Settings, wrong: str, qualities: Sequen
         steps.append(row)
     name = source.name.partition(": ")[2]
     known = {"name": name, "truth": source.truth, "words": words, "seen": first_of(source.guesses), "steps": steps}
-    return known | {"sprite": _sprite(pictures)}
-
-
-def _sprite(pictures: Sequence[Image.Image], columns: int = 8) -> str:
-    """Pictures of one size side by side, in rows of eight, as the address of one WebP file."""
-    side = pictures[0].width
-    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * side, i // columns * side))
-    return data_url(sheet, quality=60, method=6)
+    (sheet,) = to_images(make_grid(to_tensor(pictures), 8, 0)[None])  # side by side, in rows of eight
+    return known | {"sprite": data_url(sheet, quality=60, method=6)}

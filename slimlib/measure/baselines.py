@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
 import torch
 import torch.nn.functional as F
 from PIL import Image

@@ -9,6 +9,8 @@ Examples:
   slim evaluate --scenes 65 --only SLIM WebP
   slim evaluate --scale paper --data /data/imagenet --scenes 1000 --variants all --out runs/imagenet/results/crop-256
   torchrun --nproc_per_node 8 -m slimlib evaluate --scale paper --data /data/imagenet --scenes 50000 --bf16
+  slim evaluate --scale paper ... --only JPEG WebP AVIF "JPEG XL" "JPEG 2000" &      (they need processor cores, the
+      others a GPU: both at once, into one --work; the same command without --only joins them)
   slim evaluate --reproduce     (all that assets/results holds; hours on one core)
 """
 
@@ -78,7 +80,6 @@ class Options:
     batch: int = option(BATCH, "scenes that go through the networks together")
     bf16: bool = option(False, "compute the diffusion model in bfloat16")
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
-    threads: int | None = option(None, "CPU threads (default: PyTorch's choice)")
     quiet: bool = option(False, "no progress bar")
 
     def counts(self) -> tuple[int, int]:
@@ -89,8 +90,6 @@ class Options:
 
 def command(options: Options) -> int:
     """`slim evaluate`; returns the exit status."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
     quiet_libraries()
     scale, device = Scale.from_name(options.scale), pick_device(options.device)
     machines = methods.open_machines(scale, device)
@@ -155,8 +154,8 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
     data = seen + "bf16" * options.bf16
     count, few = options.counts()
     eyes = list(filter(None, (getattr(scale, f"machine_{name}") for name in methods.MACHINES)))
-    first, jobs = None, []
-    for name, folder in there.items():
+    first, jobs, learned = None, [], {*only} - {*methods.CLASSIC_NAMES.values()}
+    for name, folder in there.items() if learned else ():
         if name in methods.PIXEL_FOLDERS and name in only:
             baseline, key = PixelCodec.from_pretrained(folder), weights_key(*eyes, folder, data=data)
             jobs.append((methods.pixels(name, baseline, options.qualities, key), count))

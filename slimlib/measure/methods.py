@@ -337,8 +337,7 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
         stream = clock("encode", codec.compress, scene.image, quality)
         clock("decode", codec.decompress, stream)
         z = clock("encode: VAE encoder", ldm.encode, x).float()
-        region = clock("encode: compressor's map of the region", model.region, z, quality)
-        region = F.interpolate(region, scene.image.size[::-1], mode="bilinear")[0]
+        region = clock("encode: compressor's map of the region", codec.region, scene.image, z, quality)
         captions = clock("encode: captioner", codec.captioner.caption, [scene.image.crop(object_box(region))])
         coded = clock("encode: compressor's encoder", model.code, z, byte)
         clock("decode: compressor's integer network", model.net.exact, int(byte), torch.zeros_like(coded["h_symbols"]))
