@@ -48,8 +48,8 @@ reproduce: $(STAMP) ## measure all methods again and write assets/results (hours
 paper-check: $(STAMP) ## the full-size architectures with random weights: load, compress, train a step (minutes, 12 GB)
 	$(PY) assets/paper/trial.py check $(ARGS)
 
-test: $(STAMP) ## all tests: units first, then notebooks, then the browser (where there is Chromium)
-	$(PY) -m pytest $(ARGS)
+test: $(STAMP) ## all tests, two at a time: units first, then notebooks, then the browser (where there is Chromium)
+	$(PY) -m pytest -n 2 --maxschedchunk 1 $(ARGS)
 
 lint: $(STAMP) ## style of code and notebooks
 	$(PY) -m ruff check .

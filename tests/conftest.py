@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, threads that spin while they wait take minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests at a time keep two cores busier than the threads of one
 
 TINY_CLASSES = ["red fox", "banana", "violin", "lion", "tulip", "bus"]
 """The labels of the two machines of `tiny_world`, in the order of their outputs."""

@@ -434,6 +434,8 @@ def test_save_and_open_again(page: Page) -> None:
     assert "A link does not hold the file" in shown["summary"] and read.size >= min(report.size, 1024)
     upload(page.opener, "cut.slim", stream[:-1])
     assert page.wait() and "check sum" in page.picture.said
+    page.controls["over"].value = "where the bits went"
+    assert page.facts.shown["title"] == "saved.slim", "what is still shown"
     move(page, seed=6)
     assert page.view.source is not None and page.view.report.t0 == report.t0, "about the scene again"
     assert not any(control.disabled for control in page.controls.values())

@@ -10,9 +10,6 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -167,32 +164,17 @@ def _filled(path: Path) -> tuple[NotebookNode, int]:
     return notebook, len(stubs)
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future]]:
-    """All that were selected, two at a time: a notebook keeps one core busy, most of the time."""
-    items = [item for item in request.session.items if item.name.startswith("test_runs[")]
-    paths, folder = [item.callspec.params["path"] for item in items], tmp_path_factory.mktemp("runs")  # type: ignore
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        run = partial(pool.submit, run_notebook, time_limit=600)
-        solved = {path: folder / "solved" / path.name for path in paths}
-        (folder / "solved").mkdir()
-        for path in paths:
-            nbformat.write(_filled(path)[0], solved[path])
-        there = {path: (folder / _name(path), SMALL.get(_name(path))) for path in paths}
-        yield {path: run(solved[path], *there[path], home=path.parent) for path in paths}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.notebook
 @each_notebook
-def test_runs(path: Path, runs: dict[Path, Future]) -> None:
-    result = runs[path].result()
+def test_runs(path: Path, tmp_path: Path) -> None:
+    filled, count = _filled(path)
+    nbformat.write(filled, tmp_path / path.name)
+    result = run_notebook(tmp_path / path.name, tmp_path / "run", SMALL.get(_name(path)), 600, path.parent)
     assert not result.problem, f"{result.problem}\n{result.log.read_text(errors='replace')[-3000:]}"
     assert {kept.suffix for kept in path.parent.iterdir()} <= {".ipynb", ".md", ".py", ""}, "it leaves files behind"
     said = [str(output.get("text", "")) for cell in _read(result.output).cells for output in cell.get("outputs", [])]
     unsolved = [text for text in said if text.startswith("Not ")]
-    assert not unsolved and sum("Right: " in text for text in said) >= _filled(path)[1], "an answer fails its check"
+    assert not unsolved and sum("Right: " in text for text in said) >= count, "an answer fails its check"
 
 
 # ---- the runner -----------------------------------------------------------------------------------------

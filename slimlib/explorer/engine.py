@@ -88,6 +88,7 @@ class View:
     guesses: dict[str, Guesses]  # by picture: "before", "after"
     box: Box | None  # what the captioner sees of the original at this quality
     step: int = 0  # denoising steps done
+    name: str = ""  # of a stream that was opened
 
     @property
     def done(self) -> bool:
@@ -176,11 +177,11 @@ class Explorer:
         """
         yield from self._decode(self.compress(settings, photo), settings, photo or self.scene(settings.scene))
 
-    def open_stream(self, stream: bytes) -> Iterator[View]:
+    def open_stream(self, stream: bytes, name: str = "") -> Iterator[View]:
         """The same stages for a .slim file from elsewhere; StreamError if it is damaged, or of weights not here."""
         wanted = unpack(stream)[0].fingerprint
         weights = next((w for w in self.weights if self.codec(w).fingerprint == wanted), self.weights[0])
-        yield from self._decode(stream, Settings(weights=weights))
+        yield from (replace(view, name=name) for view in self._decode(stream, Settings(weights=weights)))
 
     def rivals(self, source: Source, size: int | None, names: Iterable[str] = RIVALS) -> Iterator[Rival]:
         """What others make of at most `size` bytes: classic codecs, and those of `pixel_codecs`."""

@@ -75,7 +75,6 @@ class Page:
         self.rows: dict[str, tuple[int | str, Any, Image.Image | None]] = {}
         self._asked = 0.0  # when
         self._quiet = False
-        self._opened = ""  # name of a .slim file
         self._loop: asyncio.AbstractEventLoop | None = None
         # Everything is computed in the worker's thread: each thread that computes keeps helpers of its own, and once
         # there are more of them than the processor has cores, all of them take longer.
@@ -180,8 +179,7 @@ class Page:
             if change["owner"] is self.camera:
                 self._ask((data, name))
             else:
-                self._opened = name
-                self._submit(functools.partial(self.explorer.open_stream, data), "decompressing")
+                self._submit(functools.partial(self.explorer.open_stream, data, name), "decompressing")
 
     def _said(self, widget: Any, message: dict[str, Any], buffers: Any) -> None:
         """What live.js says: a sign of life is wanted, a thumbnail was pressed, or the address is another."""
@@ -287,7 +285,7 @@ class Page:
         settings = replace(view.settings, quality=round(report.quality, 4))
         name = f"scene{settings.scene}" if scene else source.name if source else "opened"
         self.facts.shown = {
-            "title": scene.name.partition(": ")[2] if scene else source.name if source else self._opened,
+            "title": scene.name.partition(": ")[2] if scene else source.name if source else view.name,
             "truth": scene and scene.truth,
             "summary": said,
             "parts": {part: round(bits / 8, 1) for part, bits in report.bits.items()},

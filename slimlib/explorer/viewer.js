@@ -88,8 +88,8 @@ const first = ([name, share], truth) => { // what a machine sees; marked right o
   return `<span class="${kind}">${sign}${safe(name)}</span> ${Math.round(100 * share)}%`;
 };
 const copies = (button) => (button.onclick = async () => { // the address, and says so for a while
-  await navigator.clipboard.writeText(location.href);
-  button.textContent = "copied";
+  const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false); // a browser may refuse
+  button.textContent = copied ? "copied" : "copy it from the address bar";
   setTimeout(() => (button.textContent = "copy link"), 2000);
 });
 const plain = (seen) => Object.entries(seen ?? {}).map(([machine, [name]]) => `${machine} says ${name}`).join(", ");
