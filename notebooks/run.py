@@ -37,6 +37,7 @@ import psutil
 import yaml
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+from slimlib.__main__ import in_one_line
 from slimlib.utils import write_file
 
 NOTEBOOKS = Path(__file__).resolve().parent
@@ -267,4 +268,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_line("run.py", main))

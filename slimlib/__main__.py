@@ -20,7 +20,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -36,8 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overview.epilog = "commands:\n" + "\n".join(f"  slim {name:15}{what}" for name, (_, what) in COMMANDS.items())
     overview.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     name = overview.parse_args(words[:1]).command
+    return in_one_line(f"slim {name}", lambda: _run(name, words[1:]))
+
+
+def in_one_line(name: str, run: Callable[[], int]) -> int:
+    """The exit status of a command, for scripts, too; what goes wrong is one line on stderr that begins with `name`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
     try:
-        return _run(name, words[1:])
+        status = run()
+        print(end="", flush=True)  # a full disk, or a reader that has gone, is an error as well
+        return status
     except KeyboardInterrupt:
         reason, status = "interrupted", 130
     except Exception as error:
@@ -46,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason, status = " ".join(str(error).split()) or type(error).__name__, 1
         if not isinstance(error, (ValueError, OSError, FloatingPointError, ModuleNotFoundError)):  # not foreseen
             reason = f"{type(error).__name__}: {reason} (SLIM_TRACEBACK=1 in the environment shows where)"
-    print(f"slim {name}: {reason}", file=sys.stderr)
+    print(f"{name}: {reason}", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:
+        sys.stdout = None  # type: ignore[assignment]  # or Python would say it once more
     return status
 
 
@@ -125,15 +138,9 @@ class Compress(Decompress):
 
 def compress(options: Compress, picture: Path, stream: Path) -> int:
     codec, file = _open(options, picture, stream, options.force)
-    start = time.perf_counter()
-    from slimlib.utils import write_file
-
-    caption = None if options.caption == "none" else options.caption
+    start, caption = time.perf_counter(), None if options.caption == "none" else options.caption
     data = codec.compress(file, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
-    seconds, report = time.perf_counter() - start, codec.inspect(data)
-    write_file(stream, data)
-    print(f"{stream}, {1000 * seconds:.0f} ms: {report}")
-    return 0
+    return _write(stream, data, time.perf_counter() - start, codec.inspect(data))
 
 
 def decompress(options: Decompress, stream: Path, picture: Path) -> int:
@@ -144,14 +151,10 @@ def decompress(options: Decompress, stream: Path, picture: Path) -> int:
         raise ValueError(f"cannot write a picture as {picture.name!r}: end its name in .png, .webp or .jpg")
     codec, data = _open(options, stream, picture, options.force)
     start = time.perf_counter()
-    from slimlib.utils import write_file
-
     image = codec.decompress(data.getvalue(), steps=options.steps)
     seconds, file = time.perf_counter() - start, io.BytesIO()
     image.save(file, format=kind)
-    write_file(picture, file.getvalue())
-    print(f"{picture}, {1000 * seconds:.0f} ms: {image.width} x {image.height} pixels")
-    return 0
+    return _write(picture, file.getvalue(), seconds, f"{image.width} x {image.height} pixels")
 
 
 def inspect(options: Inspect, stream: Path) -> int:
@@ -169,17 +172,28 @@ def inspect(options: Inspect, stream: Path) -> int:
 
 def _open(options: Models, source: Path, output: Path | None = None, force: bool = False) -> tuple[Any, io.BytesIO]:
     """The codec and the input, read once as a pipe must be; what is wrong with files is said before models load."""
+    from slimlib.utils import in_place
+
     data = io.BytesIO(source.read_bytes())
     data.name = str(source)
     if output and output.exists():
         if output.is_dir() or output.samefile(source):
             raise ValueError(f"{output} is a folder, or the input; name another output")
-        if not force:
+        if not force and not in_place(output):
             raise ValueError(f"{output} is already there; add --force to overwrite it")
     print(f"loading the models ({options.scale}) ...", file=sys.stderr)
     codec = slimlib.SlimCodec.from_pretrained(options.scale)
     codec.max_pixels = options.max_pixels
     return codec, data
+
+
+def _write(output: Path, data: bytes, seconds: float, said: Any) -> int:
+    """Write a result and say so; on stderr where that could come between the bytes of a result on stdout."""
+    from slimlib.utils import in_place, write_file
+
+    write_file(output, data)
+    print(f"{output}, {1000 * seconds:.0f} ms: {said}", file=sys.stderr if in_place(output) else sys.stdout)
+    return 0
 
 
 FILES = {"picture": "anything that Pillow opens, or writes by its ending, such as .png", "stream": "a .slim file"}

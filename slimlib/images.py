@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from zlib import crc32
 import numpy as np
 import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from slimlib.stream import padded
@@ -63,13 +64,13 @@ def as_rgb(
         OSError: the path cannot be opened, such as FileNotFoundError.
         ValueError: no picture, a damaged one, more than `max_pixels`, or a mode without a known range.
     """
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, os.PathLike)):
         with open(image, "rb") as file:
             return as_rgb(file, max_pixels, name, longest, unit)
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        image = io.BytesIO(image)
-    if not isinstance(image, Image.Image) and not hasattr(image, "read"):
-        raise TypeError(f"expected a Pillow image, a path, or a file's bytes, not {type(image).__name__}")
+    with contextlib.suppress(TypeError):  # what is bytes-like is a file's bytes, unless it is a picture's own rows
+        image = io.BytesIO(view.tobytes()) if (view := memoryview(image)).ndim == 1 else image  # type: ignore[arg-type]
+    if not isinstance(image, Image.Image) and (not hasattr(image, "read") or isinstance(image, io.TextIOBase)):
+        raise TypeError(f"expected a Pillow image, a path, or bytes or a file of them, not {type(image).__name__}")
     name = name or str(getattr(image, "filename", "") or getattr(image, "name", "") or "the picture")
     try:
         with warnings.catch_warnings():
@@ -88,7 +89,8 @@ def as_rgb(
 
 def _from_file(file: Any, *how: Any) -> Image.Image:
     """`_upright` of a file; where that fails, of what is left of it without its metadata."""
-    file = file if file.seekable() else io.BytesIO(file.read(LARGEST_FILE))
+    if not getattr(file, "seekable", bool)():  # a pipe, or what can do no more: a read may give less than is asked for
+        file = io.BytesIO(b"".join(iter(lambda: file.read(1 << 16), b"")))
     try:
         return _upright(Image.open(file), *how)
     except (_Refused, MemoryError):
@@ -142,6 +144,7 @@ def _upright(image: Image.Image, max_pixels: int, name: str, longest: int, unit:
     if longest:
         image.draft(None, (longest, longest))  # a large JPEG is decoded at a fraction of its size
     depth = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
+    depth = depth[0] if isinstance(depth, tuple) and depth else depth
     image.load()
     orientation = 1
     # JPEG XL turns its pixels itself, and may say so in EXIF once more; a JPEG inside of it is left as it was.
@@ -163,6 +166,9 @@ def _on_white(image: Image.Image, depth: Any) -> Image.Image:
         raise ValueError("floating-point pixels have no agreed white; convert them to 8 or 16 bits first")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
+        values = values * 65535 // 4095 if depth == "I;12" else values
+        if image.mode != "I" and getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+            values = 65535 - values  # zero is white, which Pillow heeds up to 8 bits
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit pixels beyond 0 to 65535 have no agreed white; convert them to 16 bits first")
         grey = np.where(values == (-1 if key is None else key), 255, (values + 128) // 257)
@@ -172,8 +178,7 @@ def _on_white(image: Image.Image, depth: Any) -> Image.Image:
     elif depth == "RGB;16B" and isinstance(key, tuple):
         image.info["transparency"] = tuple(sample >> 8 for sample in key)
     if image.has_transparency_data:
-        image = image.convert("LA") if image.mode == "La" else image  # Pillow knows no shorter way
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow knows no shorter way
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 

@@ -101,7 +101,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename == str(temporary):  # nobody knows that name
+        if error.errno and error.filename in (None, str(temporary)):  # nobody knows that name
             error.filename, error.filename2 = str(path), None
         raise
     finally:
@@ -109,10 +109,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def in_place(path: str | Path) -> bool:
+    """Whether bytes go on behind what is there, and nothing is overwritten: stdout, a pipe, a device."""
+    opened = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/self/fd/"))
+    return opened or (Path(path).exists() and not Path(path).is_file())
+
+
 def write_file(path: str | Path, data: bytes) -> None:
     """Write a file wholly or not at all, by `whole_file`; what is a device or a pipe gets the bytes as they come."""
-    opened = str(path).startswith(("/dev/std", "/dev/fd/", "/proc/self/fd/"))
-    if opened or (Path(path).exists() and not Path(path).is_file()):
+    if in_place(path):
         with open(path, "ab") as file:  # /dev/stdout may be a file: nothing that it holds is lost
             file.write(data)
         return

@@ -173,6 +173,60 @@ def test_as_a_process(world: Path) -> None:
     assert Path("photo.slim").stat().st_mode & 0o777 == Path("photo.png").stat().st_mode & 0o777
 
 
+def test_a_stream_on_stdout_is_nothing_but_the_stream(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is overwritten there, so nobody has to force it; what is said goes to stderr."""
+    with open("out.slim", "wb") as file:
+        assert slim(world, f"compress photo.png /dev/fd/{file.fileno()} --caption none") == 0
+    said = capfd.readouterr()
+    assert not said.out and " ms: " in said.err
+    assert slim(world, "inspect out.slim") == 0 and "70 x 50" in capfd.readouterr().out
+
+
+ODD = [
+    "import os, sys",
+    "from slimlib.__main__ import in_one_line",
+    "sys.exit(in_one_line('slim', lambda: print({}) or 0))",
+]
+
+
+@pytest.mark.parametrize(
+    ("say", "into", "status", "said"),
+    [
+        ("os.fsdecode(bytes([0x73, 0xF6]))", "/dev/null", 0, ""),  # a name that is not UTF-8
+        ("'Bild ü'", "/dev/null", 0, ""),
+        ("'x'", "/dev/full", 1, "slim: [Errno 28] No space left on device\n"),
+        ("'x'", "", 1, "slim: [Errno 32] Broken pipe\n"),  # whoever should read it has gone
+    ],
+)
+def test_what_cannot_be_said(say: str, into: str, status: int, said: str) -> None:
+    code = "\n".join(ODD).format(say)
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONIOENCODING": "ascii" if "ü" in say else "utf-8"}
+    reader, out = os.pipe()
+    os.close(reader)
+    out = os.open(into, os.O_WRONLY) if into else out
+    how = {"stdout": out, "stderr": subprocess.PIPE, "text": True, "timeout": 100}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, **how)  # type: ignore[call-overload]
+    assert (result.returncode, result.stderr) == (status, said)
+
+
+SCRIPTS = {
+    "assets/paper/baselines.py": "--cache nowhere --out x",
+    "assets/paper/trial.py": "measure nowhere --device nonsense",
+    "assets/pocket/train.py": "machine_a --threads -1 --out x --work y",
+    "notebooks/run.py": "00 --time-limit 5 --runs photo.png",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_fail_in_one_line(script: str) -> None:
+    command = [sys.executable, str(REPO / script), *SCRIPTS[script].split()]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    *_, last = result.stderr.splitlines()
+    assert result.returncode == 1 and last.startswith(f"{Path(script).name}: "), result.stderr
+    assert "Traceback" not in result.stderr
+
+
 # ---- every command ---------------------------------------------------------------------------------------
 
 

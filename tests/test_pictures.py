@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import random
 import struct
 import threading
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +86,16 @@ def riff(image: bytes, name: bytes, data: bytes, flag: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def grey_tiff(samples: np.ndarray, bits: int, black: int) -> bytes:
+    """A TIFF of grey samples as Pillow writes none: of 12 bits, or (black=0) one where zero is white."""
+    data = samples.astype("<u2").tobytes()
+    if bits == 12:
+        data = bytes.fromhex("".join(f"{int(value):03x}" for value in samples.ravel()))
+    values = {256: len(samples[0]), 257: len(samples), 258: bits, 259: 1, 262: black, 273: 110, 277: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHIHxx", tag, 3, 1, value) for tag, value in values.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4) + data
+
+
 TURNED = {
     i: np.asarray(RGB.transpose(turn))
     for i, turn in zip(range(2, 9), [Image.Transpose(t) for t in (0, 3, 1, 5, 4, 6, 2)], strict=True)
@@ -115,6 +128,12 @@ def modes() -> Iterator[tuple[str, bytes, Any]]:
         image = Image.fromarray(sixteen.astype(f"{order}u2"))
         yield f"TIFF {order}", saved(image, "TIFF"), grey(GREY)
     yield "colour of 16 bits", png(PIXELS.reshape(4, -1).astype(int) * 256 + 77, 16, 2), PIXELS
+    for bits, white in ((12, 1), (16, 0)):  # of 12 bits, and of 16 with white as zero
+        yield (
+            f"TIFF of {bits} bits",
+            grey_tiff(sixteen >> 16 - bits if white else 65535 - sixteen, bits, white),
+            grey(GREY),
+        )
     yield "I", saved(Image.fromarray(sixteen.astype(np.int32)), "TIFF"), grey(GREY)
     yield "too much", saved(Image.fromarray(np.full((4, 6), 70000, np.int32)), "TIFF"), "0 to 65535"
     yield "floats", saved(Image.fromarray(np.zeros((4, 6), np.float32)), "TIFF"), "floating-point"
@@ -323,11 +342,24 @@ def test_names_and_pipes(tmp_path: Path) -> None:
         as_rgb(str(tmp_path / "folder ü"))
     with pytest.raises(TypeError, match="ndarray"):
         as_rgb(PIXELS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="TextIO"), open(__file__) as text:
+        as_rgb(text)  # type: ignore[arg-type]
     os.mkfifo(pipe := tmp_path / "pipe")
     writer = threading.Thread(target=pipe.write_bytes, args=(segment(0xE1, odd_exif()),))
     writer.start()
     assert as_rgb(pipe).size == LARGE.size[::-1]
     writer.join()
+
+
+def test_what_is_bytes_like_or_a_path_or_can_only_be_read(tmp_path: Path) -> None:
+    """Also where a read of a pipe gives less than is asked for, as an unbuffered one's does."""
+    (tmp_path / "Bild").write_bytes(data := colour_png())
+    twice = memoryview(bytes(byte for byte in data for _ in range(2)))
+    for same in (array("B", data), np.frombuffer(data, np.uint8), twice[::2], *os.scandir(tmp_path)):
+        assert np.array_equal(as_rgb(same), PIXELS)
+    with (tmp_path / "Bild").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert np.array_equal(as_rgb(mapped), PIXELS)
+        assert np.array_equal(as_rgb(SimpleNamespace(read=lambda n: file.read(min(n, 7)))), PIXELS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["PA", "La", "RGBa", "LA", "P"])

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pocket"))
 from train import LAMBDAS, new_pixel_codec, pixel_loss
 
+from slimlib.__main__ import in_one_line
 from slimlib.data.cache import Cache
 from slimlib.data.train import restore, write_card, write_folder
 from slimlib.loop import fit
@@ -84,4 +85,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_line("baselines.py", main))

@@ -33,6 +33,7 @@ from PIL import Image
 from stand_in import write
 from transformers import BlipImageProcessor
 
+from slimlib.__main__ import in_one_line
 from slimlib.codec import SlimCodec
 from slimlib.data.cache import Cache, fill
 from slimlib.data.imagenet import WNIDS, ImageNetScenes, Pictures
@@ -325,4 +326,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_line("trial.py", main))

@@ -50,6 +50,7 @@ from torchvision.ops import generalized_box_iou_loss
 from transformers import HfArgumentParser
 
 from slimlib import training, utils
+from slimlib.__main__ import in_one_line
 from slimlib.caption import CAPTION_PRIOR, Captioner, CaptionPrior
 from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache, fill
@@ -770,4 +771,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_line("train.py", main))
