@@ -81,9 +81,9 @@ class CompressorConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}.")
         walks = np.array([*zip_longest(*self.walks)], float).T  # NaN where a row is too short
-        sound = walks.shape == (len(walks), 4) and len(walks) and np.isfinite(walks).all() and walks[0, 0] == 0
-        if not sound or (np.diff(walks[:, 0]) <= 0).any():
-            raise ValueError(f"walks must be rows [quality, t0, K, guidance], rising from quality 0, not {self.walks}.")
+        sound = walks.shape == (len(walks), 4) and ((walks >= 0) & (walks <= [1, 999, 100, 1000])).all()
+        if not sound or walks[:1, 0].any() or (np.diff([-1, *walks[:, 0]]) <= 0).any() or (walks[:, 1:3] % 1).any():
+            raise ValueError(f"walks must be rows [q, t0 < 1000, K <= 100, guidance], rising from q = 0: {self.walks}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> CompressorConfig:

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from zlib import crc32
@@ -37,6 +38,9 @@ METADATA = (b"ICC_PROFILE\0", b"ICCP", b"http://ns.adobe.com/", b"XMP ", b"Photo
 EXIF = (b"Exif", b"EXIF", b"\x69\x87\4\0", b"\x87\x69\0\4", b"\x25\x88\4\0", b"\x88\x25\0\4")
 """Names of EXIF: there, and as tags of TIFF in both orders of bytes."""
 LARGEST_FILE = 1 << 28  # bytes in which damaged metadata are looked for
+JXL_SIZE = re.compile(
+    rb"(?s)(?:\A|jxlc|jxlp.{4})\xff\x0a(.{,9})"
+)  # where a JPEG XL file, or a box of it, says its size
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands behind "ftyp"
 
 
@@ -91,6 +95,11 @@ def _from_file(file: Any, *how: Any) -> Image.Image:
     """`_upright` of a file; where that fails, of what is left of it without its metadata."""
     if not getattr(file, "seekable", bool)():  # a pipe, or what can do no more: a read may give less than is asked for
         file = io.BytesIO(b"".join(iter(lambda: file.read(1 << 16), b"")))
+    start = file.read(12)
+    if start.startswith(b"\xff\x0a") or start[4:7] == b"JXL":
+        for size in JXL_SIZE.findall(start + file.read(LARGEST_FILE)):
+            _admit(*_jxl_size(size), *how)  # here, for its plugin decodes all pixels to tell how many there are
+    file.seek(0)
     try:
         return _upright(Image.open(file), *how)
     except (_Refused, MemoryError):
@@ -107,6 +116,20 @@ def _from_file(file: Any, *how: Any) -> Image.Image:
                     left.getexif()[ORIENTATION] = _orientation(data)
                 return _upright(left, *how)
         raise
+
+
+def _jxl_size(start: bytes) -> tuple[int, int]:
+    """Width and height as a JPEG XL codestream begins with them (ISO/IEC 18181-1, SizeHeader)."""
+    bits = iter(f"{int.from_bytes(start, 'little'):072b}"[::-1])
+
+    def take(count: int) -> int:
+        return int("".join(islice(bits, count))[::-1], 2)
+
+    eighths = take(1)
+    sides = (8 * take(5) + 8 if eighths else take((9, 13, 18, 30)[take(2)]) + 1 for _ in range(2))
+    height, ratio = next(sides), take(3)
+    up, down = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+    return (height * up // down if ratio else next(sides)), height
 
 
 def _without(data: bytes, names: tuple[bytes, ...]) -> bytes:
@@ -134,13 +157,17 @@ def _orientation(data: bytes) -> int:
     return exif.get(ORIENTATION, 1)
 
 
-def _upright(image: Image.Image, max_pixels: int, name: str, longest: int, unit: int) -> Image.Image:
-    """An opened picture as RGB on white, turned as its orientation says."""
-    if not 0 < (pixels := padded(image.width, image.height, unit)) <= max_pixels:
+def _admit(width: int, height: int, max_pixels: int, name: str, longest: int, unit: int) -> None:
+    if not 0 < (pixels := padded(width, height, unit)) <= max_pixels:
         raise _Refused(
-            f"{name} has {image.width} x {image.height} pixels{f', coded as {pixels}' * (unit > 1)}, none or more than "
+            f"{name} has {width} x {height} pixels{f', coded as {pixels}' * (unit > 1)}, none or more than "
             f"the limit of {max_pixels}: make it smaller first, or raise max_pixels (at the shell: --max-pixels)"
         )
+
+
+def _upright(image: Image.Image, max_pixels: int, name: str, longest: int, unit: int) -> Image.Image:
+    """An opened picture as RGB on white, turned as its orientation says."""
+    _admit(*image.size, max_pixels, name, longest, unit)
     if longest:
         image.draft(None, (longest, longest))  # a large JPEG is decoded at a fraction of its size
     depth = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None

@@ -29,19 +29,19 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 class FitConfig:
     """Settings of the loop."""
 
-    steps: int = option(8000, "optimiser steps")
-    batch: int = option(32, "items that go through the networks together")
-    lr: float = option(1e-3, "peak of the cosine rate (AdamW)")
-    warmup: int = option(200, "steps until the peak")
-    beta2: float = option(0.98, "AdamW's decay of the squared gradient")
-    weight_decay: float = option(1e-4, "AdamW's decay of the weights")
-    clip: float = option(1.0, "largest norm of the gradient")
-    accumulate: int = option(1, "batches on each process that make a step, of batch * accumulate * processes items")
-    ema: float = option(0.0, "decay of the moving average of the weights that becomes the result; 0: the last weights")
-    save_every: int = option(500, "steps between checkpoints")
-    log_every: int = option(20, "steps between lines of the log")
-    probe_every: int = option(500, "steps between points of the learning curve")
-    seed: int = option(0, "every draw is a function of (seed, step, number of the batch in the step)")
+    steps: int = option(8000, "optimiser steps", 1)
+    batch: int = option(32, "items that go through the networks together", 1, 10**6)
+    lr: float = option(1e-3, "peak of the cosine rate (AdamW)", 1e-12, 100)
+    warmup: int = option(200, "steps until the peak", 0)
+    beta2: float = option(0.98, "AdamW's decay of the squared gradient", 0, 0.999999)
+    weight_decay: float = option(1e-4, "AdamW's decay of the weights", 0, 100)
+    clip: float = option(1.0, "largest norm of the gradient", 1e-12, math.inf)
+    accumulate: int = option(1, "batches on each process that make a step, of batch * accumulate * processes items", 1)
+    ema: float = option(0.0, "decay of the weights' moving average, which becomes the result; 0: none", 0, 0.999999)
+    save_every: int = option(500, "steps between checkpoints", 1)
+    log_every: int = option(20, "steps between lines of the log", 1)
+    probe_every: int = option(500, "steps between points of the learning curve", 1)
+    seed: int = option(0, "every draw is a function of (seed, step, number of the batch in the step)", 0)
 
 
 def fit(

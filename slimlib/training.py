@@ -45,39 +45,34 @@ KNOT_SPEED = 5  # the knots over quality learn this much faster than the weights
 class Stage1Config(FitConfig):
     """Settings of stage 1: those of the loop, and the weights of the loss."""
 
-    w_bg: float = option(0.05, "weight of the error outside the region of interest; 1 is the uniform comparison")
-    lambda_min: float = option(0.015, "weight of the error at quality 0")
-    lambda_max: float = option(4.5, "weight of the error at quality 1")
-    beta: float = option(0.1, "weight of the auxiliary head that learns to see the region of interest")
+    w_bg: float = option(0.05, "weight of the error outside the region of interest; 1 is the uniform comparison", 0)
+    lambda_min: float = option(0.015, "weight of the error at quality 0", 1e-9)
+    lambda_max: float = option(4.5, "weight of the error at quality 1", 1e-9)
+    beta: float = option(0.1, "weight of the auxiliary head that learns to see the region of interest", 0)
 
 
 @dataclass
 class Stage2Config(Stage1Config):
     """Settings of stage 2: those of stage 1 with other defaults, and the weights of the new terms (our choice)."""
 
-    steps: int = option(1200, "optimiser steps")
-    batch: int = option(8, "items that go through the networks together")
-    lr: float = option(3e-4, "peak of the cosine rate (AdamW)")
-    warmup: int = option(30, "steps until the peak")
-    save_every: int = option(50, "steps between checkpoints")
-    log_every: int = option(10, "steps between lines of the log")
-    a: float = option(0.02, "weight of the diffusion term, in units of the latent's mean squared error")
+    steps: int = option(1200, "optimiser steps", 1)
+    batch: int = option(8, "items that go through the networks together", 1, 10**6)
+    lr: float = option(3e-4, "peak of the cosine rate (AdamW)", 1e-12, 100)
+    warmup: int = option(30, "steps until the peak", 0)
+    save_every: int = option(50, "steps between checkpoints", 1)
+    log_every: int = option(10, "steps between lines of the log", 1)
+    a: float = option(0.02, "weight of the diffusion term, in units of the latent's mean squared error", 0)
     # It goes with the root of lambda, so that the machine counts most where the latent cannot be faithful anyway. Where
     # it can, a strong task term only finds what this one machine likes (our choice; measured on another machine).
-    b: float = option(0.15, "weight of the task term, for a nat of cross-entropy or a relative feature error of 1")
-    view: float = option(
-        0.12, "largest random shift and scaling of the machine's view, as a share of the side; 0: none"
-    )
+    b: float = option(0.15, "weight of the task term, for a nat of cross-entropy or a relative feature error of 1", 0)
+    view: float = option(0.12, "largest random shift and scaling of the machine's view: share of the side", 0, 0.99)
     task: str = option("ce", "ce: the teachers' cross-entropy; features: the error in their features; no label is used")
-    drop_caption: float = option(0.1, "share of the items that are shown to the UNet without caption")
+    drop_caption: float = option(0.1, "share of the items that are shown to the UNet without caption", 0, 1)
     checkpointing: bool = option(False, "compute parts of UNet and VAE decoder twice: less memory, more time")
 
     def __post_init__(self) -> None:
         if self.task not in ("ce", "features"):
             raise ValueError(f'task is {self.task!r}; expected "ce" or "features".')
-
-
-# ------------------------------------------------------------------------------------------------ stage 1
 
 
 def train_stage1(
@@ -184,9 +179,6 @@ def parameter_groups(model: LatentCompressor, weight_decay: float = 1e-4) -> lis
         {"params": parts[False], "speed": 1.0, "weight_decay": weight_decay},
         {"params": parts[True], "speed": KNOT_SPEED, "weight_decay": 0.0},
     ]
-
-
-# ------------------------------------------------------------------------------------------------ stage 2
 
 
 def train_stage2(

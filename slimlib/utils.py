@@ -20,10 +20,18 @@ Device: TypeAlias = "str | torch.device | None"
 """A device, its name, or None for the best one at hand."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its meaning, which `transformers.HfArgumentParser` shows as the help of an option."""
+class Within(tuple):
+    """The lowest number, "to", and the highest, as choices of an option: NaN is none of them."""
+
+    def __contains__(self, number: Any) -> bool:
+        return self[0] <= number <= self[-1]
+
+
+def option(default: Any, help: str, *within: float) -> Any:
+    """A dataclass field with the help, and the bounds (`Within`), of an option of `transformers.HfArgumentParser`."""
     kept = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
-    return field(**kept, metadata={"help": help})
+    choices = {"choices": Within((within[0], "to", (*within, 2**31)[1]))} if within else {}
+    return field(**kept, metadata={"help": help, **choices})
 
 
 def rank_and_world() -> tuple[int, int]:

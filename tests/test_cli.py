@@ -239,6 +239,29 @@ def test_the_list_of_commands_does_not_wait_for_torch() -> None:
     assert "Examples:\n  slim compress" in result.stdout and "exit status" in result.stdout
 
 
+BOUNDS = {
+    "preprocess --data none --out out": "n=0 n=-3 seed=-1 batch=0 workers=-1 workers=100000",
+    "train --cache none --out out": "steps=0 batch=-1 batch=10000000 lr=nan lr=0.0 lr=-1.0 warmup=-1 beta2=1.0 "
+    "clip=0.0 ema=1.0 accumulate=0 save-every=0 log-every=0 probe-every=0 seed=-1 weight-decay=inf w-bg=-1.0 "
+    "lambda-min=0.0 lambda-max=nan beta=-1.0 a=nan b=-1.0 view=1.0 drop-caption=1.5 max-seconds=nan",
+    "evaluate --out out": "scenes=0 ablation-scenes=-1 batch=0 seed=-1 qualities=nan qualities=1.01",
+    "costs": "steps=-1 images=-1 qualities=0 stage1-batch=0 gpus=0 cores=0 share=0.0 share=2.0 tflops=nan price=-1.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"), [(words, one) for words, options in BOUNDS.items() for one in options.split()]
+)
+def test_numbers_out_of_range_are_wrong_usage(words: str, wrong: str, capsys: Capture) -> None:
+    """Before hours are spent, and before anything is written."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words.split(), f"--{wrong}"])
+    option, _, number = wrong.partition("=")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"--{option}: invalid choice: " in last and not Path("out").exists()
+    assert f"choice: {number}" in last and "'to'" in last
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_each_help_explains_every_option_and_ends_with_examples(name: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -341,6 +341,13 @@ def test_a_wrong_caption_is_of_another_class(codec: SlimCodec, monkeypatch: pyte
 
     assert wrong([3, 3, 1, 1, 2]) == ["2 of 1", "2 of 1", "4 of 2", "4 of 2", "0 of 3"]
     assert wrong([3, 3]) == ["", ""]
+    scenes = [replace(scene, label=label) for scene, label in zip(make_scenes(4), (0, 2, 2, 1), strict=True)]
+    monkeypatch.setitem(vars(codec), "captioner", says(lambda crops: ["a thing"] * len(crops)))
+    seen: list = []
+    for indices, other in (([1, 2], 3), ([3], 0), ([0], 1)):
+        batch = Batch(scenes, indices)
+        monkeypatch.setattr(methods, "Batch", lambda some, own: seen.append(own) or Batch(some, own))
+        assert methods.captions_of(batch, codec, "wrong", 0.4) == ["a thing"] * len(indices) and seen.pop() == [other]
 
 
 def test_the_caption_alone(codec: SlimCodec, batch: Batch) -> None:
@@ -529,6 +536,17 @@ def test_other_weights_have_another_key(tmp_path: Path) -> None:
     assert key == weights_key(two), "a card is no weight, nor is what is hidden"
     (two / "model.safetensors").write_bytes(b"-")
     assert key != weights_key(two) and weights_key("hub/name@1") != weights_key("hub/name@2")
+
+
+def test_other_sizes_and_repeated_qualities(world: Path) -> None:
+    """PocketScenes exist at every size: results of one are not taken for those of another."""
+    scale, keys = Scale.from_name(world), {}
+    for size in (64, 96, 128):
+        options = Options(only=["WebP", "SLIM, stage 1"], qualities=[0.5, 0.2, 0.5], scenes=2, device="cpu")
+        jobs = all_jobs(options, replace(scale, size=size), PocketScenes("test", size), None)
+        assert {tuple(m.settings) for m, _ in jobs if m.codec} == {(("", 0.5), ("", 0.2))}
+        keys[size] = {method.key for method, _ in jobs}
+    assert len(set.union(*keys.values())) == 6
 
 
 # ---- the command, on a stand-in of the paper's scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -147,6 +148,56 @@ def test_what_counts_as_a_picture(group: str, tmp_path: Path) -> None:
     assert {label for _, label in found} == {0}
 
 
+def test_no_class_is_lost_behind_a_link(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders on other disks count, at any depth; one that is away, or closed, is named."""
+    (tmp_path / "val").mkdir()
+    for group in sorted(folder.glob("n*")):
+        (tmp_path / "val" / group.name).symlink_to(group)
+    (tmp_path / "val" / WNIDS[7]).mkdir()
+    (tmp_path / "val" / WNIDS[7] / "more").symlink_to(folder / WNIDS[5])
+    (tmp_path / "val" / "latest").symlink_to("nowhere")
+    assert [label for _, label in Pictures.from_folder(tmp_path / "val")] == [1] * 4 + [3] * 4 + [5] * 4 + [7] * 4
+    for place in (WNIDS[2], f"{WNIDS[1]}/part"):
+        (tmp_path / "val" / place).symlink_to("/mnt/away")
+        with pytest.raises(FileNotFoundError, match=place):
+            Pictures.from_folder(tmp_path / "val")
+        (tmp_path / "val" / place).unlink()
+    listing = Path.iterdir
+    closed = lambda p: listing(p) if p.name != WNIDS[3] else (_ for _ in ()).throw(PermissionError(13, "no", str(p)))  # noqa: E731
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(PermissionError, match=WNIDS[3]):
+        Pictures.from_folder(tmp_path / "val")
+
+
+def test_names_of_any_bytes(tmp_path: Path) -> None:
+    """Latin-1, as older systems wrote it: names, a damaged one in the list, a folder of shards."""
+    place = os.path.join(os.fsencode(tmp_path), b"sch\xf6n", WNIDS[3].encode())
+    os.makedirs(place)
+    for name in (b"1\xe4.JPEG", b"2\xe4.JPEG"):
+        Path(os.fsdecode(os.path.join(place, name))).write_bytes(b"no picture")
+    pictures = Pictures.from_folder(Path(os.fsdecode(place)).parent)
+    with pytest.raises(ValueError, match="not all damaged"):
+        pictures.readable(tmp_path / "work")
+    picture(1).save(pictures.samples[0].path, "PNG")
+    found, lost = pictures.readable(tmp_path / "again")
+    assert lost == 1 and len(found) == 1 and len(found.fingerprint()) == 8
+    assert r"2\udce4.JPEG" in next((tmp_path / "again").iterdir()).read_text()
+    write_shard(Path(os.fsdecode(place)) / "a.tar", {"0.jpg": b"-", "0.cls": b"1"})
+    assert len(Pictures.open(f"{os.fsdecode(place)}/*.tar", "validation", tmp_path / "kept")) == 1
+
+
+def test_other_pictures_of_the_same_names(folder: Path, tmp_path: Path) -> None:
+    """Made smaller, or noisier, as ImageNet-C is: no cache, result or list of damaged ones is taken for theirs."""
+    shutil.copytree(folder, tmp_path / "val")
+    one, other = Pictures.from_folder(folder), Pictures.from_folder(tmp_path / "val")
+    assert one.fingerprint() == other.fingerprint() and other.readable(tmp_path)[1] == 0
+    for sample in other.samples:
+        picture(1, 20, 20).save(sample.path, "JPEG")
+    assert one.fingerprint() != other.fingerprint()
+    one.readable(tmp_path)
+    assert len(list(tmp_path.glob("unreadable-*"))) == 2
+
+
 def test_unreadable_pictures_are_left_out_by_a_list(folder: Path, tmp_path: Path) -> None:
     """Found once and written down; the rest keeps its order. What is no fault of the picture is not left out."""
     root = tmp_path / "val"
@@ -246,6 +297,19 @@ def test_no_picture_is_lost_in_silence(damage: Any, said: str, tmp_path: Path) -
     (tmp_path / "a.tar").write_bytes(damage((tmp_path / "a.tar").read_bytes()))
     with pytest.raises(ValueError, match=rf"a\.tar .*{said}"):
         Pictures.open(str(tmp_path / "a.tar"), "validation", "")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_a_shard_are_refused(kind: bytes, tmp_path: Path) -> None:
+    """A picture and its label that are both links would be missed by nobody."""
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name in ("0.jpg", "0.cls", "1.jpg", "1.cls"):
+            member = tarfile.TarInfo(name)
+            member.size, member.type = (1, tarfile.REGTYPE) if name[0] == "0" else (0, kind)
+            member.linkname = f"0{name[1:]}" * (name[0] == "1")
+            shard.addfile(member, io.BytesIO(b"1"))
+    with pytest.raises(ValueError, match=r"1\.jpg twice, or as a link"):
+        Pictures.from_shards(tmp_path / "a.tar")
 
 
 def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
@@ -377,6 +441,8 @@ def test_training_pictures_to_choose_by_are_never_trained_on() -> None:
         assert subset(total, 20, 3, "train")[:9] == subset(total, 9, 3, "train")
     with pytest.raises(ValueError, match="1 to 5"):
         subset(50, 6, split="tune")
+    with pytest.raises(ValueError, match="0 pictures of 0 in tune, of 9"):
+        subset(9, None, split="tune")
 
 
 def test_protocols() -> None:

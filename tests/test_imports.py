@@ -57,6 +57,7 @@ def test_it_stays_small() -> None:
     assert not {name: count for name, count in lines.items() if count > 450}
     method = {name: n for name, n in lines.items() if FILES[name].parent.name == "slimlib" and "__main__" not in name}
     # What has been reached; lower these with every line that goes. They were raised once, by 70 and 120, for the second
-    # edition of the pocket world: two teachers, three judges, a decoder that does what each quality needs, photographs.
-    assert sum(method.values()) <= 3_100, method
-    assert sum(lines.values()) <= 7_270, lines
+    # edition of the pocket world: two teachers, three judges, a decoder that does what each quality needs, photographs;
+    # and once by 30 and 49 for real files: JPEG XL's size before its pixels, TIFFs of 12 bits, links, shells, bounds.
+    assert sum(method.values()) <= 3_130, method
+    assert sum(lines.values()) <= 7_319, lines

@@ -166,8 +166,10 @@ def test_the_baseline_on_pixels(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert "the same command goes on" in capsys.readouterr().out and not (tmp_path / "baseline_mse").exists()
     assert baselines.main(f"{words} --out {tmp_path}/baseline_mse".split()) == 0
     assert baselines.main(f"{words} --start {tmp_path}/baseline_mse --out {tmp_path}/baseline_task".split()) == 0
-    with pytest.raises(SystemExit, match="no earlier result"):
-        baselines.main(f"{words} --out {tmp_path}/cache".split())
+    (tmp_path / "file").touch()
+    for out in ("cache", "file"):
+        with pytest.raises(SystemExit, match="no earlier result"):
+            baselines.main(f"{words} --out {tmp_path}/{out}".split())
     plain, tuned = (PixelCodec.from_pretrained(tmp_path / f"baseline_{kind}") for kind in ("mse", "task"))
     image = Image.effect_noise((64, 64), 80).convert("RGB")
     assert plain.encode(image, 0.5)[0] != tuned.encode(image, 0.5)[0]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from slimlib.images import as_rgb
+from slimlib.images import JXL_SIZE, _jxl_size, as_rgb
 from slimlib.utils import write_file
 
 WHITE = (255, 255, 255)
@@ -292,6 +292,9 @@ def damage() -> Iterator[tuple[str, bytes, Any]]:
     for brand in (b"heic", b"mif1", b"heix"):
         yield f"HEIC {brand!r}", b"\0\0\0\x18ftyp" + brand + bytes(4) + b"mif1heic" + bytes(99), missing
     yield "too large", saved(Image.new("1", (2000, 2000)), "PNG"), "2000 x 2000 pixels.*--max-pixels"
+    for box in (False, True):  # its plugin decodes as it opens, for half a minute
+        large = saved(Image.new("L", (3000, 2000)), "JXL", effort=1, use_container=box)
+        yield f"JXL, too large {box}", large, "3000 x 2000 pixels.*--max-pixels"
     yield "claims much", colour_png().replace(b"\0\0\0\x06\0\0\0\x04", b"\0\1\0\0\0\1\0\0"), "cannot be opened|pixels"
 
 
@@ -360,6 +363,12 @@ def test_what_is_bytes_like_or_a_path_or_can_only_be_read(tmp_path: Path) -> Non
     with (tmp_path / "Bild").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert np.array_equal(as_rgb(mapped), PIXELS)
         assert np.array_equal(as_rgb(SimpleNamespace(read=lambda n: file.read(min(n, 7)))), PIXELS)  # type: ignore[arg-type]
+
+
+def test_the_size_of_a_jpeg_xl_is_read_from_its_first_bytes() -> None:
+    for size in ((8, 8), (16, 24), (257, 256), (6, 4), (1, 1), (320, 180), (500, 400), (600, 500), (9000, 3), (40, 32)):
+        (start,) = JXL_SIZE.findall(saved(Image.new("L", size), "JXL", effort=1))
+        assert _jxl_size(start) == size
 
 
 @pytest.mark.parametrize("mode", ["PA", "La", "RGBa", "LA", "P"])

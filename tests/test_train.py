@@ -102,6 +102,10 @@ def test_a_warm_start_of_stage_1_keeps_its_architecture_but_not_its_settings(wor
     [
         ("--task ce --a 1", "stage 1 has no --a, --task"),
         ("--walks 0 999 4 1 0.5 249 1", "walks must be rows"),
+        ("--walks 0 1000 4 1", "t0 < 1000"),
+        ("--walks 0 999 101 1", "K <= 100"),
+        ("--walks 0 999 -1 1", "walks must be rows"),
+        ("--walks 0 499.5 4 1", "walks must be rows"),
         ("--stage 2", "stage 2 needs --start"),
         ("--stage 2 --start nowhere", "nowhere"),
         ("--stage 2 --start START --task nonsense", "nonsense"),

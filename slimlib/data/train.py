@@ -54,7 +54,7 @@ class Job:
     walks: list[float] = option([], "how to decode: from which quality on, t0, steps K, guidance; four for each range")
     resume: bool = option(False, "go on from the checkpoint")
     bf16: bool = option(False, "keep the frozen networks of stage 2 in bfloat16: half their memory, and no casts")
-    max_seconds: float | None = option(None, "stop after this time with a checkpoint")
+    max_seconds: float | None = option(None, "stop after this time with a checkpoint", 0)
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
     quiet: bool = option(False, "no progress bar")
 
@@ -64,7 +64,7 @@ def unset_options(kind: type, default: Callable[[Field], str]) -> list[tuple]:
     kinds, options = get_type_hints(kind), []
     for f in fields(kind):
         switch = {"nargs": "?", "const": True} if kinds[f.name] is bool else {}
-        metadata = {"help": f"{f.metadata['help']} ({default(f)})", **switch}
+        metadata = {**f.metadata, "help": f"{f.metadata['help']} ({default(f)})", **switch}
         options.append((f.name, kinds[f.name] | None, field(default=None, metadata=metadata)))
     return options
 

@@ -268,12 +268,11 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
 
 def _remember_latent(ldm: LatentDiffusion) -> None:
     """Let a VAE's encoder keep its last result: under a slider the picture stays the same."""
-    encode, last = ldm.encode, (torch.empty(0), torch.empty(0))
+    encode, last = ldm.encode, [torch.empty(0)] * 2
 
     def encode_new(x: Tensor) -> Tensor:
-        nonlocal last
         if not torch.equal(x, last[0]):
-            last = x, encode(x)
+            last[:] = x, encode(x)
         return last[1]
 
     ldm.encode = encode_new  # type: ignore[method-assign]
@@ -300,9 +299,6 @@ def curves_of(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     """The curves of SHOWN that are in a table such as assets/results/evaluation.csv, by rate."""
     plain = table[table.variant == ""].sort_values("bpp")
     return {name: curve for name in SHOWN if len(curve := plain[plain.method == name]) > 1}
-
-
-# ----------------------------------------------------------------------------------------------------- pictures
 
 
 def roi_picture(image: Image.Image, box: Box, matte: np.ndarray | None = None) -> Image.Image:

@@ -348,9 +348,6 @@ def _choice(title: str, *options: str) -> widgets.RadioButtons:
     return widgets.RadioButtons(options=options, description=title, orientation="horizontal")
 
 
-# ------------------------------------------------------------------------------------------- the newest job only
-
-
 class Newest:
     """Runs jobs in one thread of its own, always the newest; an older one is dropped at its next result.
 

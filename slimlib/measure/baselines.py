@@ -30,8 +30,6 @@ from slimlib.stream import StreamHeader, pack, unpack
 CODECS = ("jpeg", "webp", "avif", "jpegxl", "jpeg2000")
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # sizes that `best_within` tries, as a share of the picture's sides
 
-# ------------------------------------------------------------------------------------------- the classic codecs
-
 
 def encode_classic(image: Image.Image, codec: str, quality: int) -> bytes:
     """A whole file of an RGB picture's bare pixels, encoded as well as Pillow knows how; ValueError if it cannot be.
@@ -115,8 +113,6 @@ def payload_bytes(data: bytes, codec: str) -> int:
         return end - data.index(b"\xff\x93", data.index(b"\xff\x90")) - 2
     return end
 
-
-# ----------------------------------------------------------------------------------------- the learned baseline
 
 CONTRAST = 4.0  # pixels in [0, 1] are spread by this to about unit variance, which a latent has
 PATCH = 4  # pixels along one side of a patch: 4 x 4 of three colours are 48 channels on the grid of SLIM's latent

@@ -128,26 +128,26 @@ class Plan:
 
     size: int = option(256, "side of the pictures in pixels")
     family: Literal["sd21", "sd15"] = option("sd21", "Stable Diffusion 2.1 or 1.5")
-    steps: int = option(4, "denoising steps K of a decoder, of two passes each: with the caption and without")
-    images: int = option(5_000, "test pictures")
-    ablation_images: int = option(1_000, "test pictures of the ablations: all variants of one compressor")
-    qualities: int = option(6, "qualities that each test picture is coded at")
-    train_images: int = option(200_000, "training pictures that are preprocessed")
-    compressors: int = option(2, "compressors of stage 1: weighted by region, and uniformly")
-    seeds: int = option(3, "compressors of stage 2, one a seed")
-    stage1_steps: int = option(100_000, "steps of stage 1")
-    stage1_batch: int = option(64, "pictures of a step of stage 1")
-    stage2_steps: int = option(20_000, "steps of stage 2")
-    stage2_batch: int = option(16, "pictures of a step of stage 2")
-    tflops: list[float] = option([312.0, 156.0, 19.5], "peaks of a GPU (A100) in TFLOP/s: bf16, TF32, float32")
-    share: list[float] = option([0.2, 0.45], "shares of the peaks that are assumed, low and high")
-    gpus: int = option(1, "GPUs that share the work")
-    cores: int = option(16, "processor cores")
-    price: float = option(2.5, "dollars for an hour of one GPU and its cores")
+    steps: int = option(4, "denoising steps K of a decoder, of two passes each: with the caption and without", 0, 1000)
+    images: int = option(5_000, "test pictures", 0)
+    ablation_images: int = option(1_000, "test pictures of the ablations: all variants of one compressor", 0)
+    qualities: int = option(6, "qualities that each test picture is coded at", 1, 256)
+    train_images: int = option(200_000, "training pictures that are preprocessed", 0)
+    compressors: int = option(2, "compressors of stage 1: weighted by region, and uniformly", 0)
+    seeds: int = option(3, "compressors of stage 2, one a seed", 0)
+    stage1_steps: int = option(100_000, "steps of stage 1", 0)
+    stage1_batch: int = option(64, "pictures of a step of stage 1", 1)
+    stage2_steps: int = option(20_000, "steps of stage 2", 0)
+    stage2_batch: int = option(16, "pictures of a step of stage 2", 1)
+    tflops: list[float] = option([312.0, 156.0, 19.5], "peaks of a GPU (A100) in TFLOP/s: bf16, TF32, float32", 1e-9)
+    share: list[float] = option([0.2, 0.45], "shares of the peaks that are assumed, low and high", 1e-9, 1)
+    gpus: int = option(1, "GPUs that share the work", 1)
+    cores: int = option(16, "processor cores", 1)
+    price: float = option(2.5, "dollars for an hour of one GPU and its cores", 0)
 
     def __post_init__(self) -> None:
-        if self.size < 64 or self.size % 64:
-            raise ValueError(f"argument --size: {self.size} is not a multiple of 64 pixels")
+        if not 64 <= self.size <= 2048 or self.size % 64:
+            raise ValueError(f"argument --size: {self.size} is not a multiple of 64 pixels, from 64 to 2048")
 
 
 class Work(NamedTuple):

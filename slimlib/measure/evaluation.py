@@ -68,16 +68,16 @@ class Options:
     data: str = option("", "ImageNet: its folder, shards '...{split}...tar', or hub:owner/name (default: PocketScenes)")
     split: Literal["test", "tune"] = option("test", "tune: the scenes by which settings are chosen, never the test's")
     protocol: Literal["crop", "squash", "full"] = option("crop", "how ImageNet's pictures become squares, and are seen")
-    seed: int = option(0, "of the draw of ImageNet's pictures")
-    scenes: int | None = option(None, "scenes for the curves (default: 65; to reproduce, 1300)")
+    seed: int = option(0, "of the draw of ImageNet's pictures", 0)
+    scenes: int | None = option(None, "scenes for the curves (default: 65; to reproduce, 1300)", 1)
     variants: list[str] = option([], "ablations: all, or such as 'no diffusion' (default: none; to reproduce, all)")
-    ablation_scenes: int | None = option(None, "scenes for the ablations (default: --scenes; to reproduce, 390)")
-    qualities: list[float] = option(list(QUALITIES), "of the learned codecs")
+    ablation_scenes: int | None = option(None, "scenes for the ablations (default: --scenes; to reproduce, 390)", 1)
+    qualities: list[float] = option(list(QUALITIES), "of the learned codecs", 0, 1)
     only: list[str] = option([], "these methods alone, such as SLIM hyperprior JPEG")
     reproduce: bool = option(False, "everything, into the shipped tables")
     work: Path = option(Path("runs/evaluation"), "folder of the results by scene, for each device and torch")
     out: Path | None = option(None, "folder that gets the tables (default: they are only shown)")
-    batch: int = option(BATCH, "scenes that go through the networks together")
+    batch: int = option(BATCH, "scenes that go through the networks together", 1, 10**6)
     bf16: bool = option(False, "compute the diffusion model in bfloat16")
     device: str | None = option(None, "cpu, cuda, ... (default: the best at hand)")
     quiet: bool = option(False, "no progress bar")
@@ -146,9 +146,10 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
     if strange:
         known = f"{', '.join(names)}; and of variants: all, {', '.join(filter(None, VARIANTS))}"
         raise ValueError(f"there is no {', '.join(sorted(strange))}; of methods there are: {known}")
-    asked, only = options.variants or ["all"], options.only or names
+    asked, only, qualities = options.variants or ["all"], options.only or names, [*dict.fromkeys(options.qualities)]
     variants = [name for name in VARIANTS if name and (name in asked or "all" in asked)]
     dtype, seen = torch.bfloat16 if options.bf16 else torch.float32, options.split * (options.split != "test")
+    seen += str(scale.size) * (scale.size != 128)  # PocketScenes exist at every size
     if isinstance(scenes, ImageNetScenes):  # results of other pictures go elsewhere, as do those of other weights
         seen += f"{scenes.pictures.fingerprint()} {scenes.protocol} {scenes.size}"
     data = seen + "bf16" * options.bf16
@@ -157,8 +158,8 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
     first, jobs, learned = None, [], {*only} - {*methods.CLASSIC_NAMES.values()}
     for name, folder in there.items() if learned else ():
         if name in methods.PIXEL_FOLDERS and name in only:
-            baseline, key = PixelCodec.from_pretrained(folder), weights_key(*eyes, folder, data=data)
-            jobs.append((methods.pixels(name, baseline, options.qualities, key), count))
+            baseline, key = PixelCodec.from_pretrained(folder, options.device), weights_key(*eyes, folder, data=data)
+            jobs.append((methods.pixels(name, baseline, qualities, key), count))
         elif name not in methods.PIXEL_FOLDERS and (name in only or first is None):
             codec = methods.open_codec(scale, name, first, pick_device(options.device), dtype)
             if data and first is None:
@@ -169,8 +170,8 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
                 first = codec
                 jobs.append((methods.ceiling(codec, weights_key(*parts, data=data)), count))
                 jobs += [(methods.words(told, codec, machine, key), count) for told in WORDS]
-                jobs.append((methods.slim(name, codec, options.qualities, variants, key), few))
-            jobs.append((methods.slim(name, codec, options.qualities, key=key), count if name in methods.MAIN else few))
+                jobs.append((methods.slim(name, codec, qualities, variants, key), few))
+            jobs.append((methods.slim(name, codec, qualities, key=key), count if name in methods.MAIN else few))
     jobs += [(methods.classic(codec, key=weights_key(*eyes, data=seen)), count) for codec in methods.CLASSIC_NAMES]
     jobs = [(method, n) for method, n in jobs if n and method.settings and method.name in only]
     if not jobs:
@@ -282,9 +283,6 @@ def _look(
 def _column(name: str) -> str:
     """Where the hits of a machine stand."""
     return f"found_{name}" if name == FINDER else f"top1_{name}"
-
-
-# ------------------------------------------------------------------------------------------------ tables
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

@@ -81,7 +81,7 @@ class Batch:
     """Some scenes, also as tensors."""
 
     def __init__(self, scenes: Sequence[Scene], indices: Sequence[int]) -> None:
-        self.indices, self.scenes = indices, [scenes[i] for i in indices]
+        self.indices, self.every, self.scenes = indices, scenes, [scenes[i] for i in indices]
         self.images = [scene.image for scene in self.scenes]
         self.x = to_tensor(self.images)  # (B, 3, H, W)
         self.labels = torch.tensor([scene.label for scene in self.scenes])
@@ -92,13 +92,17 @@ class Batch:
 def captions_of(batch: Batch, codec: SlimCodec, kind: str, quality: float) -> list[str]:
     """Captions by kind: "auto" (the codec's own), "oracle" (crop of the exact matte), "none"; or "wrong".
 
-    That is the caption of the next scene in the batch with another label, or none where all have the same.
+    That is of the next scene in the batch with another label, or beyond it; or none where all scenes have the same.
     """
     count = len(batch.images)
     if kind == "none":
         return [""] * count
     if kind == "wrong":
         right, label = captions_of(batch, codec, "auto", quality) * 2, batch.labels.tolist() * 2
+        if len({*label}) == 1:  # such as of one scene
+            beyond = (k % len(batch.every) for k in range(batch.indices[-1] + 1, batch.indices[0] + len(batch.every)))
+            other = next(([k] for k in beyond if batch.every[k].label != label[0]), None)
+            return captions_of(Batch(batch.every, other), codec, "auto", quality) * count if other else [""] * count
         return [next((right[j] for j in range(i, i + count) if label[j] != label[i]), "") for i in range(count)]
     if kind == "auto":
         return [file.report.caption or "" for file in files_of(batch, codec, kind, quality)]
