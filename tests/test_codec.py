@@ -145,6 +145,12 @@ def test_captions(codec: SlimCodec) -> None:
     corner = codec.compressor.region(z, 51 / 255)[0, :, 0, 0]
     torch.testing.assert_close(where[:, 0, 0], corner), torch.testing.assert_close(where[:, 1, 1], corner)
     assert seen[0].tobytes() == crop.tobytes()
+    spot = torch.zeros(1, 60, 90)
+    spot[:, 10:30, 20:60] = 1
+    listening.region = lambda *_: spot
+    crop = image.crop(object_box(listening.look(image, z, 0.2)[0]))
+    assert seen[-1].tobytes() == crop.tobytes() and crop.width < 60 and crop.height < 40, "not all of the picture"
+    del listening.region
     captioner.floor = 0.41  # it is not sure enough
     assert listening.compress(image, 0.2) == codec.compress(image, 0.2, caption=None)
     assert codec.compress(image, 0.2, caption="auto") == codec.compress(image, 0.2, caption=words)
