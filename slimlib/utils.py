@@ -30,7 +30,7 @@ class Within(tuple):
 def option(default: Any, help: str, *within: float) -> Any:
     """A dataclass field with the help, and the bounds (`Within`), of an option of `transformers.HfArgumentParser`."""
     kept = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
-    choices = {"choices": Within((within[0], "to", (*within, 2**31)[1]))} if within else {}
+    choices = {"choices": Within((within[0], "to", (*within, 2**31)[1])), "metavar": "N"} if within else {}
     return field(**kept, metadata={"help": help, **choices})
 
 

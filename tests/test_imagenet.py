@@ -155,6 +155,7 @@ def test_no_class_is_lost_behind_a_link(folder: Path, tmp_path: Path, monkeypatc
         (tmp_path / "val" / group.name).symlink_to(group)
     (tmp_path / "val" / WNIDS[7]).mkdir()
     (tmp_path / "val" / WNIDS[7] / "more").symlink_to(folder / WNIDS[5])
+    (tmp_path / "val" / WNIDS[7] / "up").symlink_to("..")  # what is there counts once
     (tmp_path / "val" / "latest").symlink_to("nowhere")
     assert [label for _, label in Pictures.from_folder(tmp_path / "val")] == [1] * 4 + [3] * 4 + [5] * 4 + [7] * 4
     for place in (WNIDS[2], f"{WNIDS[1]}/part"):

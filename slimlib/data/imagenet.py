@@ -287,9 +287,9 @@ def _index(path: Path) -> list[tuple[str, int, int, int]]:
 
 
 def _folders(path: str | Path) -> list[Path]:
-    """Folders in a folder, sorted; also links that lead nowhere, such as to a disk that is away, if no pictures."""
-    some = [one for one in sorted(Path(path).iterdir()) if not _foreign(one.name) and one.suffix.lower() not in ENDINGS]
-    return [one for one in some if one.is_dir() or not one.exists()]
+    """Folders in a folder, sorted, but no way back up; also links to nowhere, such as a disk that is away."""
+    some = [p for p in sorted(Path(path).iterdir()) if not _foreign(p.name) and p.suffix.lower() not in ENDINGS]
+    return [p for p in some if not p.exists() or (p.is_dir() and not Path(path).resolve().is_relative_to(p.resolve()))]
 
 
 def _foreign(name: str) -> bool:
