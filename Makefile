@@ -49,7 +49,7 @@ paper-check: $(STAMP) ## the full-size architectures with random weights: load, 
 	$(PY) assets/paper/trial.py check $(ARGS)
 
 test: $(STAMP) ## all tests, two at a time: units first, then notebooks, then the browser (where there is Chromium)
-	$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## style of code and notebooks
 	$(PY) -m ruff check .

@@ -15,7 +15,6 @@ import pytest
 from test_browser import CHROMIUM, FLAGS, REPO
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
-pytestmark.append(pytest.mark.xdist_group("book"))  # what is built is built once
 SHOTS = REPO / "runs/book-pages"
 
 

@@ -41,7 +41,6 @@ SLIDER = ".slim .rate .noUi-handle"
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("explorer"),  # one after the other: they share a page
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium (Debian, Ubuntu), then again"),
 ]
 

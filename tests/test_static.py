@@ -21,7 +21,6 @@ from slimlib.explorer.static import build
 from slimlib.scales import ASSETS
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
-pytestmark.append(pytest.mark.xdist_group("static"))  # what is built is built once
 QUALITIES = (0.2, 0.8)
 
 
