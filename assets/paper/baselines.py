@@ -25,7 +25,7 @@ from train import LAMBDAS, new_pixel_codec, pixel_loss
 
 from slimlib.__main__ import in_one_line
 from slimlib.data.cache import Cache
-from slimlib.data.train import restore, write_card, write_folder
+from slimlib.data.train import place_for, write_card, write_folder
 from slimlib.loop import fit
 from slimlib.machines import load_machine
 from slimlib.measure.baselines import PixelCodec
@@ -53,13 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, or go on; returns the exit status."""
     parser = HfArgumentParser(Options, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     (options,) = parser.parse_args_into_dataclasses(arguments)
-    for folder in filter(None, (options.start, options.out)):
-        restore(folder)
-    if options.out.is_file() or (any(options.out.glob("*")) and not (options.out / "card.json").exists()):
-        raise SystemExit(f"{options.out} is, or holds, no earlier result of training; name another folder in --out")
+    work = place_for(options.out, options.start)
     cache, device = Cache.open(options.cache), pick_device(options.device)
     if cache.images is None:
-        raise SystemExit(f"{options.cache} holds no pictures: make another cache with `slim preprocess --keep-images`")
+        raise ValueError(f"{options.cache} holds no pictures: make another cache with `slim preprocess --keep-images`")
     common = {"batch": options.batch, "w_bg": 1.0, "beta": 0.0, **LAMBDAS}
     if options.start:
         config: Stage1Config = Stage2Config(steps=options.steps or 3000, a=0.0, drop_caption=0.0, **common)
@@ -68,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         config, teachers, codec = Stage1Config(steps=options.steps or 8000, **common), [], new_pixel_codec()
     torch.manual_seed(config.seed)
-    model, work = codec.compressor.to(device), options.out.with_name(f"{options.out.name}.training")
+    model = codec.compressor.to(device)
     limits = {"progress": not options.quiet, "max_seconds": options.max_seconds, "device": device}
     loss_of = pixel_loss(model, cache, teachers, config, device)
     fit(config, {"model": model}, loss_of, work, groups=parameter_groups(model), **limits)

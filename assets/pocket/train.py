@@ -562,7 +562,7 @@ CELL, KEPT = 16, (88, 20, 20)
 
 def new_pixel_codec() -> PixelCodec:
     """Before training: the DCT of each cell, and a constant where the predicted region of interest would be."""
-    config = CompressorConfig.from_dict(json.loads((HERE / "baseline_mse" / "config.json").read_text()))
+    config = CompressorConfig(**json.loads((HERE / "baseline_mse" / "config.json").read_text()))
     codec = PixelCodec(LatentCompressor(config))
     encoder, decoder, basis = codec.compressor.encoder, codec.compressor.decoder, cell_basis()
     encoder.direct.weight.data = basis[..., None, None].clone()

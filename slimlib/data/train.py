@@ -80,13 +80,9 @@ Options: Any = make_dataclass("Options", unset_options(Stage2Config, _default), 
 
 def command(options: Job) -> int:
     """`slim train`; returns the exit status. Of several processes the main one writes."""
-    work, begin = options.out.with_name(f"{options.out.name}.training"), time.monotonic()
+    work, begin = place_for(options.out, options.start), time.monotonic()
     if (work / "checkpoint.pt").exists() and not options.resume:
         raise ValueError(f"{work} holds a checkpoint: go on from it with --resume, or name another folder in --out")
-    for folder in filter(None, (options.start, options.out)):
-        restore(folder)
-    if options.out.is_file() or (any(options.out.glob("*")) and not (options.out / "card.json").exists()):
-        raise ValueError(f"{options.out} is, or holds, no earlier result of training; name another folder in --out")
     quiet_libraries()
     config, cache, device = _configure(options), Cache.open(options.cache), pick_device(options.device)
     model = _train(options, config, cache, work, device)
@@ -150,6 +146,15 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     teachers = [load_machine(name, device) for name in scale.teachers]
     arrays = cache.latents, cache.masks, cache.labels, cache.captions
     return train_stage2(config, *arrays, ldm, teachers, work, model, cache.images, **limits)
+
+
+def place_for(out: Path, start: Path | None) -> Path:
+    """OUT.training, for checkpoint and log, after `restore`; ValueError if `out` holds anything but a result."""
+    for folder in filter(None, (start, out)):
+        restore(folder)
+    if out.is_file() or (any(out.glob("*")) and not (out / "card.json").exists()):
+        raise ValueError(f"{out} is, or holds, no earlier result of training; name another folder in --out")
+    return out.with_name(f"{out.name}.training")
 
 
 @contextlib.contextmanager

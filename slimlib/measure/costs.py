@@ -59,7 +59,7 @@ def build(config: dict[str, Any]) -> nn.Module:
         return kind(kind.config_class.from_dict(config))
     if "architecture" in config:
         return timm.create_model(config["architecture"], num_classes=config["num_classes"])
-    return LatentCompressor(CompressorConfig.from_dict(config))
+    return LatentCompressor(CompressorConfig(**config))
 
 
 CPU_SECONDS, PLANS = published("cpu_seconds"), published("plans")
