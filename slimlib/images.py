@@ -15,7 +15,7 @@ from zlib import crc32
 import numpy as np
 import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
 import torch
-from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from slimlib.stream import padded
@@ -31,16 +31,13 @@ MAX_PIXELS = 1 << 20
 Picture: TypeAlias = "Image.Image | str | Path | bytes | bytearray | memoryview | BinaryIO"
 """A picture in memory, the path of one, or a file's bytes, which may come from a pipe."""
 
-ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held
 TURNS = dict(zip(range(2, 9), [Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2)], strict=True))
 METADATA = (b"ICC_PROFILE\0", b"ICCP", b"http://ns.adobe.com/", b"XMP ", b"Photoshop 3.0\0", b"MPF\0", b"JFIF\0")
 """Names under which JPEG, WebP and AVIF keep what makes no pixels, but for EXIF."""
 EXIF = (b"Exif", b"EXIF", b"\x69\x87\4\0", b"\x87\x69\0\4", b"\x25\x88\4\0", b"\x88\x25\0\4")
 """Names of EXIF: there, and as tags of TIFF in both orders of bytes."""
 LARGEST_FILE = 1 << 28  # bytes in which damaged metadata are looked for
-JXL_SIZE = re.compile(
-    rb"(?s)(?:\A|jxlc|jxlp.{4})\xff\x0a(.{,9})"
-)  # where a JPEG XL file, or a box of it, says its size
+JXL_SIZE = re.compile(rb"(?s)(?:\A|jxlc|jxlp.{4})\xff\x0a(.{,9})")  # behind it a JPEG XL file, or a box, says its size
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands behind "ftyp"
 
 
@@ -113,7 +110,7 @@ def _from_file(file: Any, *how: Any) -> Image.Image:
             with contextlib.suppress(Exception):
                 left = Image.open(io.BytesIO(_without(data, names)))
                 if names != METADATA and left.format in ("JPEG", "WEBP"):
-                    left.getexif()[ORIENTATION] = _orientation(data)
+                    left.getexif()[ExifTags.Base.Orientation] = _orientation(data)
                 return _upright(left, *how)
         raise
 
@@ -154,7 +151,7 @@ def _orientation(data: bytes) -> int:
     with contextlib.suppress(Exception):
         start = re.search(rb"(?si)Exif.{,8}?(II\*\0|MM\0\*)", data)
         exif.load(data[start.start(1) :] if start else b"")
-    return exif.get(ORIENTATION, 1)
+    return exif.get(ExifTags.Base.Orientation, 1)
 
 
 def _admit(width: int, height: int, max_pixels: int, name: str, longest: int, unit: int) -> None:
@@ -170,15 +167,19 @@ def _upright(image: Image.Image, max_pixels: int, name: str, longest: int, unit:
     _admit(*image.size, max_pixels, name, longest, unit)
     if longest:
         image.draft(None, (longest, longest))  # a large JPEG is decoded at a fraction of its size
-    depth = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
+    tile: Any = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
+    depth = getattr(tile, "args", None)
     depth = depth[0] if isinstance(depth, tuple) and depth else depth
     image.load()
     orientation = 1
     # JPEG XL turns its pixels itself, and may say so in EXIF once more; a JPEG inside of it is left as it was.
     if image.format != "JXL" or getattr(image, "jpeg", False):
         with contextlib.suppress(Exception):
-            orientation = image.getexif().get(ORIENTATION, 1)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     rgb = _on_white(image, depth)
+    if tile and image.format == "GIF" and not image.tell():  # the first frame may cover a part of the picture
+        covered, rgb = rgb.crop(tile.extents), Image.new("RGB", rgb.size, "white")
+        rgb.paste(covered, tile.extents)
     if orientation in TURNS:
         rgb = rgb.transpose(TURNS[orientation])
     if longest:

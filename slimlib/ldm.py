@@ -74,6 +74,8 @@ class LatentDiffusion:
         """
         quiet_libraries()
         config = load_plain(DDIMScheduler.load_config, name, "scheduler")
+        if "beta_start" not in config:  # the libraries would take values of their own, of another noise
+            raise ValueError(f"{name}/scheduler/scheduler_config.json lacks beta_start: is it of something else?")
         tokenizer = load_plain(AutoTokenizer, name, "tokenizer")
         vae, unet, text = (
             load_pretrained(kind, name, part, variant=variant, dtype=torch.float32)

@@ -153,9 +153,7 @@ def bits_per_pixel(likelihoods: dict[str, Tensor], grid: Sequence[int], factor: 
     return bits / (grid[0] * grid[1] * factor**2)
 
 
-def draw_batch(
-    latents: np.ndarray, masks: np.ndarray, batch: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_batch(latents: np.ndarray, masks: np.ndarray, batch: int, device: torch.device) -> tuple[Tensor, ...]:
     """A random batch (with replacement): indices, z (B, C, h, w), m (B, 1, h, w), qualities (B,) spread over [0, 1]."""
     index = torch.randint(len(latents), (batch,))
     # One quality from each of `batch` equal parts of [0, 1]: steadier gradients than independent draws.

@@ -21,22 +21,28 @@ Device: TypeAlias = "str | torch.device | None"
 
 
 class Within(tuple):
-    """The lowest number, "to", and the highest, as choices of an option: NaN is none of them."""
+    """The lowest number and the highest, as choices of an option: NaN is none of them."""
 
     def __contains__(self, number: Any) -> bool:
-        return self[0] <= number <= self[-1]
+        return self[0] <= number <= self[1]
+
+    def __iter__(self) -> Iterator[str]:  # what argparse says that one may choose from
+        yield f"{self[0]:g} to {self[1]:g}"
 
 
 def option(default: Any, help: str, *within: float) -> Any:
     """A dataclass field with the help, and the bounds (`Within`), of an option of `transformers.HfArgumentParser`."""
     kept = {"default_factory": default.copy} if isinstance(default, (list, dict)) else {"default": default}
-    choices = {"choices": Within((within[0], "to", (*within, 2**31)[1])), "metavar": "N"} if within else {}
+    choices = {"choices": Within((*within, 2**31)[:2]), "metavar": "N"} if within else {}
     return field(**kept, metadata={"help": help, **choices})
 
 
 def rank_and_world() -> tuple[int, int]:
     """Which of how many processes this is, as torchrun and `accelerate launch` say: (0, 1) where nobody does."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not 0 <= rank < world:  # it would have no work, and others would lack what is its
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {world} in the environment: ranks count from 0")
+    return rank, world
 
 
 def pick_device(device: Device = None) -> torch.device:

@@ -165,6 +165,10 @@ def test_no_class_is_lost_behind_a_link(folder: Path, tmp_path: Path, monkeypatc
         (tmp_path / "val" / place).unlink()
     listing = Path.iterdir
     closed = lambda p: listing(p) if p.name != WNIDS[3] else (_ for _ in ()).throw(PermissionError(13, "no", str(p)))  # noqa: E731
+    calls: list[Path] = []
+    monkeypatch.setattr(Path, "iterdir", lambda path: calls.append(path) or listing(path))
+    Pictures.from_folder(tmp_path / "val")
+    assert len(calls) == len(set(calls)) == 1 + 4 + 1, "each folder is listed once: on a network's disk it takes long"
     monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.raises(PermissionError, match=WNIDS[3]):
         Pictures.from_folder(tmp_path / "val")
@@ -368,6 +372,8 @@ def test_streaming(folder: Path, shards: str, tmp_path: Path, kind: str, monkeyp
     name = str(tmp_path / "data")
     whole = Pictures.from_hub(name, "validation", tmp_path / "kept")
     assert sorted(contents(whole)) == sorted(contents(here))
+    Pictures.from_hub(f"{tmp_path}//data", "validation", tmp_path / "kept")
+    assert len([*(tmp_path / "kept").iterdir()]) == 2, "what has another name may be another data set"
     some = Pictures.from_hub(name, "validation", tmp_path / "some", 5, seed=3)
     assert contents(some) == [contents(whole)[i] for i in subset(12, 5, 3)]
     assert some.fingerprint() != whole.fingerprint()
@@ -377,7 +383,8 @@ def test_streaming(folder: Path, shards: str, tmp_path: Path, kind: str, monkeyp
     assert contents(Pictures.open(f"hub:{name}", "validation", tmp_path / "some", 5, 3)) == contents(some)
     monkeypatch.undo()
     monkeypatch.setattr(imagenet, "TOTAL", {"validation": 12})
-    monkeypatch.setenv("RANK", "1")  # another process waits, until the first one has fetched
+    for name_of, number in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name_of, number)  # another process waits, until the first one has fetched
     fetch = lambda seconds: shutil.copytree(tmp_path / "some", tmp_path / "shared")  # noqa: E731
     monkeypatch.setattr(imagenet.time, "sleep", fetch)
     assert contents(Pictures.from_hub(name, "validation", tmp_path / "shared", 7, seed=3)) == contents(more)

@@ -205,6 +205,10 @@ def frames() -> Iterator[tuple[str, bytes, Any]]:
     more = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), "red")]}
     for kind in ("GIF", "AVIF", "MPO"):
         yield f"animated {kind}", saved(green, kind, **more), np.asarray(green)
+    part, shown = bytearray(saved(green, "GIF")), np.full((20, 24, 3), 255)
+    part[6:10], at = bytes([24, 0, 20, 0]), part.index(b",")  # a larger canvas, and where the frame lies on it
+    part[at + 1 : at + 5], shown[3:19, 2:18] = bytes([2, 0, 3, 0]), (0, 255, 0)
+    yield "GIF of a part", bytes(part), shown
 
 
 def orientations() -> Iterator[tuple[str, bytes, Any]]:

@@ -166,6 +166,10 @@ def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [torch.device("cuda", 1)] * 2
     with utils.autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu"), "unless it is asked for"
+    for rank in ("8", "-1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(ValueError, match=f"RANK is {rank} and WORLD_SIZE 8.*count from 0"):
+            utils.rank_and_world()
     module = nn.Linear(1, 1).train()
     with pytest.raises(ZeroDivisionError), utils.evaluating(module):
         assert not module.training and 1 / 0

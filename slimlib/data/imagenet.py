@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 import timm
 import torch
+from braceexpand import braceexpand
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -127,7 +129,7 @@ class Pictures(Sequence):
         What is hidden or left by a system does not count. ValueError says how it is laid out otherwise; OSError, which
         folder may not be looked into, or is a link to nowhere.
         """
-        groups = [path for path in _folders(folder) if path.is_dir() or path.name[:9] in LABEL_OF]
+        groups = [path for path in _listed(folder)[0] if path.is_dir() or path.name[:9] in LABEL_OF]
         strangers = [path.name for path in groups if path.name[:9] not in LABEL_OF]
         if strangers or not groups:
             raise ValueError(
@@ -136,11 +138,12 @@ class Pictures(Sequence):
                 "class folders, as the validation archive has them, into such folders first, as PyTorch's ImageNet "
                 "example describes: the development kit's ground truth counts classes in another order"
             )
+        pictures: list[Path] = []
         for group in groups:  # what they hold joins them
-            groups += _folders(group)
-        files = sorted(path.relative_to(folder) for group in groups for path in group.iterdir())
-        pictures = [p for p in files if p.suffix.lower() in ENDINGS and not _foreign(p.name)]
-        return cls([Sample(p.as_posix(), LABEL_OF[p.parts[0][:9]], Path(folder, p)) for p in pictures])
+            inside, files = _listed(group)
+            groups += inside
+            pictures += (path.relative_to(folder) for path in files)
+        return cls([Sample(p.as_posix(), LABEL_OF[p.parts[0][:9]], Path(folder, p)) for p in sorted(pictures)])
 
     @classmethod
     def from_shards(cls, pattern: str | Path, folder: str | Path | None = None) -> Pictures:
@@ -183,9 +186,8 @@ class Pictures(Sequence):
             import datasets
         except ImportError as error:
             raise ImportError("streaming from the hub needs `pip install 'slimlib[imagenet]'`") from error
-        head, revision = split_revision(name)
+        (head, revision), part = split_revision(name), PARTS.get(split, split)
         try:
-            part = PARTS.get(split, split)
             rows = datasets.load_dataset(head, split=part, streaming=True, revision=revision).decode(False)
         except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
             raise hub_error(name, error) from error
@@ -197,7 +199,7 @@ class Pictures(Sequence):
         order = _label_order(getattr(columns[label], "names", None), name) | {-1: -1}
         total = getattr((rows.info.splits or {}).get(part), "num_examples", None) or TOTAL[part]
         wanted = subset(total, n, seed, split)
-        folder = Path(folder) / re.sub(r"\W+", "-", f"{name} {part}").strip("-").lower()
+        folder = Path(folder) / quote(f"{name} {part}", safe="")
         while True:
             kept = {int(path.stem[:8]): path for path in folder.glob("[0-9]*.img")}  # and nothing hidden
             missing = sorted(set(wanted) - set(kept))
@@ -286,10 +288,11 @@ def _index(path: Path) -> list[tuple[str, int, int, int]]:
     return rows
 
 
-def _folders(path: str | Path) -> list[Path]:
-    """Folders in a folder, sorted, but no way back up; also links to nowhere, such as a disk that is away."""
-    some = [p for p in sorted(Path(path).iterdir()) if not _foreign(p.name) and p.suffix.lower() not in ENDINGS]
-    return [p for p in some if not p.exists() or (p.is_dir() and not Path(path).resolve().is_relative_to(p.resolve()))]
+def _listed(path: str | Path) -> tuple[list[Path], list[Path]]:
+    """Folders in a folder, but no way back up, and also links to nowhere, such as a disk that is away; and pictures."""
+    there, up = [one for one in sorted(Path(path).iterdir()) if not _foreign(one.name)], Path(path).resolve()
+    folders, pictures = ([p for p in there if (p.suffix.lower() in ENDINGS) == kind] for kind in (False, True))
+    return [p for p in folders if not p.exists() or (p.is_dir() and not up.is_relative_to(p.resolve()))], pictures
 
 
 def _foreign(name: str) -> bool:
@@ -298,19 +301,16 @@ def _foreign(name: str) -> bool:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """Files by a name or a pattern of names, sorted; FileNotFoundError where there is none."""
-    braces = None if Path(pattern).exists() else re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if braces:
-        first, last, words = braces.groups()
-        some = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)] if first else words.split(",")
-        head, tail = pattern[: braces.start()], pattern[braces.end() :]
-        return sorted({path for word in some for path in _matching(f"{head}{word}{tail}")})
-    folder, name = os.path.split(pattern)
-    folder = glob.escape(folder) if os.path.isdir(folder) else folder  # one that is there means itself
-    names = [pattern] if Path(pattern).exists() else glob.glob(os.path.join(folder, name))
-    if not names:
-        raise FileNotFoundError(f"no shard with pictures fits {pattern}")
-    return sorted(Path(name) for name in names if not _foreign(Path(name).name))
+    """Files by a name or a pattern of names, sorted; FileNotFoundError where there is none for one that braces name."""
+    found: list[str] = []
+    for one in [pattern] if Path(pattern).exists() else braceexpand(pattern, escape=False):
+        folder, name = os.path.split(one)
+        folder = glob.escape(folder) if os.path.isdir(folder) else folder  # one that is there means itself
+        names = [one] if Path(one).exists() else glob.glob(os.path.join(folder, name))
+        if not names:
+            raise FileNotFoundError(f"no shard with pictures fits {one}")
+        found += names
+    return sorted({Path(name) for name in found if not _foreign(Path(name).name)})
 
 
 def _checked(key: str, label: int | None, where: str | Path) -> int:

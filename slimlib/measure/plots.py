@@ -38,13 +38,8 @@ COLOURS = {
     "uncompressed": "#595959",
 }
 DASHED = {"JPEG", "WebP", "AVIF", "JPEG XL", "JPEG 2000", "best classic, payload"}
-PART_COLOURS = {
-    "header": "#595959",
-    "caption": "#cc79a7",
-    "hyper": "#56b4e9",
-    "latent": "#0072b2",
-    "rounding": "#c8c8c8",
-}
+PART_COLOURS = {"header": "#595959", "caption": "#cc79a7", "hyper": "#56b4e9", "latent": "#0072b2"}
+PART_COLOURS |= {"rounding": "#c8c8c8"}
 """One colour for each part of a stream."""
 
 Pixels = Image.Image | np.ndarray  # Pillow's, or (H, W, 3) as bytes or in [0, 1]
