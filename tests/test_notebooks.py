@@ -52,7 +52,7 @@ SMALL: dict[str, dict[str, object]] = {
     "solutions/08_smallest_file": {"n_scenes": 2, "n_qualities": 3},
     "solutions/09_bits_per_cell": {"n_scenes": 3},
     "solutions/10_two_objects": {"size": 128},
-    "solutions/11_latent_bits": {},
+    "solutions/11_latent_bits": {"n_scenes": 24, "finest": 0.5, "n_steps": 3},
     "solutions/12_how_many_pictures": {},
     "solutions/13_progressive": {"n_points": 2000},
     "solutions/14_over_seeds": {"n_grids": 4000},
