@@ -39,7 +39,7 @@ def option(default: Any, help: str, *within: float) -> Any:
 
 def rank_and_world() -> tuple[int, int]:
     """Which of how many processes this is, as torchrun and `accelerate launch` say: (0, 1) where nobody does."""
-    rank, world = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 <= rank < world:  # it would have no work, and others would lack what is its
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world} in the environment: ranks count from 0")
     return rank, world
