@@ -356,6 +356,7 @@ def test_what_stands_left_and_over_the_picture(page: Page) -> None:
     assert table(page)["pinned"]["bytes"] == held["bytes"]
     move(page, scene=9)
     assert "pinned" not in table(page) and page.picture.shown["left"]["name"] == "original", "it was another picture"
+    assert "left=original" in page.picture.query
 
 
 def test_words_typed_by_hand_are_sent(page: Page) -> None:

@@ -84,8 +84,7 @@ class Page:
         self._build()
         self._defaults = {name: control.value for name, control in self.controls.items()}
         self._move(wanted)
-        settings = self.settings
-        self._submit(lambda: self.explorer.look(settings), "compressing")
+        self._submit(functools.partial(self.explorer.look, self.settings), "compressing")
         self._worker.wait()
         self._address()
         for control in self.controls.values():
@@ -94,8 +93,8 @@ class Page:
             upload.observe(self._uploaded, "value")
         with contextlib.suppress(RuntimeError):  # no kernel around: a script or a test
             self._loop = asyncio.get_running_loop()
-        source = self.explorer.scene(settings.scene)
-        self._submit(lambda: self.explorer.rivals(source, settings.size, self.rivals), "")
+        asked = self.explorer.scene(self.settings.scene), self.settings.size, self.rivals
+        self._submit(functools.partial(self.explorer.rivals, *asked), "")
 
     @property
     def settings(self) -> Settings:
@@ -148,8 +147,8 @@ class Page:
             self._ask()
 
     def _ask(self, upload: tuple[bytes, str] | None = None) -> None:
-        self._submit(functools.partial(self._answer, self.settings, self.photo, upload), "compressing")
         self._address()
+        self._submit(functools.partial(self._answer, self.settings, self.photo, upload), "compressing")
 
     def _address(self) -> None:
         """The link to what is shown; there is none to a photograph."""
@@ -252,6 +251,7 @@ class Page:
             self.rows["pinned"] = pinned
         elif self.controls["left"].value == "pinned":
             self._move({"left": "original"})
+            self._address()
         self._move({"t0": report.t0, "steps": report.steps} if self.controls["auto"].value else {})
         if self.controls["caption"].value != "typed":
             self._move({"words": report.caption or ""})
