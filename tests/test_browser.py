@@ -249,7 +249,7 @@ def test_a_copied_link_brings_the_same_back(tab: Tab, browser: Any) -> None:
     tab.page.get_by_role("button", name="copy link").click()
     tab.until(lambda: tab.text(".link") == "copied", "it is said")
     other = Tab(browser, tab.page.evaluate("navigator.clipboard.readText()"))
-    assert other.state() == tab.state() and other.text(".tag") == tab.text(".tag")
+    other.until(lambda: other.state() == tab.state() and other.text(".tag") == tab.text(".tag"), "the same")
     assert "WebP" in other.text(".tag") and "“a lion & <b>”" in other.text(".summary")
     other.close()
     tab.after(lambda: tab.page.get_by_role("button", name="reset").click())
@@ -407,8 +407,7 @@ def test_a_link_two_windows_and_a_dead_kernel(browser: Any, server: Server) -> N
             kernel.kill()
             one.until(lambda: re.search("Connection lost.* reload", one.text(".said")), "it is given up")
     one.page.reload(wait_until="domcontentloaded")
-    one.shown()
-    assert "“a lion”" in one.text(".summary"), "the settings are kept"
+    one.until(lambda: "“a lion”" in one.text(".summary"), "the settings are kept")
     one.page.close()
 
 
@@ -425,7 +424,6 @@ def test_a_dead_server_is_noticed_and_the_next_one_is_left_alone(browser: Any, s
     tab.page.wait_for_timeout(15_000)
     assert server.said().count("404") - before <= 1, "an old page fills a new server's log"
     tab.page.reload(wait_until="domcontentloaded")
-    tab.shown()
     tab.until(lambda: tab.page.url == address and "80 bytes" in tab.text(".summary"), "the settings are kept")
     tab.page.close()
 

@@ -29,13 +29,13 @@ SMALL: dict[str, dict[str, object]] = {
     "03_roi_captioning": {"n_scenes": 31, "n_drawn": 8, "draw_steps": 4, "n_decoded": 6, "noise_levels": [100, 500]},
     "04_diffusion_enhancement": {"n_scenes": 4, "noise_levels": [100, 600], "steps_tried": [1, 4]},
     "05_stage1_training": {"n_train": 32, "n_scenes": 24, "train_steps": 16, "batch": 8},
-    "06_stage2_training": {"n_train": 16, "n_scenes": 10, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 4}
+    "06_stage2_training": {"n_train": 16, "n_scenes": 6, "train_steps": 2, "lora_steps": 1, "batch": 4, "n_views": 3}
     | {"qualities": [0.4, 0.8]},
     "07_evaluation": {"n_scenes": 6, "n_gallery": 1, "draws": 20, "time_scenes": 1, "coverage_trials": 100},
     "08_bitrate_explorer": {"qualities": [0.2, 0.8], "caption_qualities": [0.5]},
     "09_compressor_by_hand": {"n_train": 16, "n_scenes": 8, "train_steps": 6, "batch": 4, "qualities": [0.2, 0.8]},
     "10_pocket_scenes": {"size": 64},
-    "11_pocket_models": {"n_scenes": 48, "n_drawn": 8, "draw_steps": 4},
+    "11_pocket_models": {"n_scenes": 24, "n_drawn": 4, "draw_steps": 4},
     "12_paper_scale": {"sizes": [256], "n_pictures": 8, "train_steps": 4},
     "13_faster_diffusion": {"n_scenes": 3, "n_walks": 4, "train_steps": 3, "steps_tried": [1, 2, 8]}
     | {"qualities": [0.0]},

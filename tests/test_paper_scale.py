@@ -111,7 +111,7 @@ def test_the_compressor_is_the_pockets_for_another_latent() -> None:
     assert there == CompressorConfig(latent_channels=4, factor=8, walks=there.walks)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the lessons run long after the other tests of this file
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """models/: stand-ins, their latents of about unit variance; imagenet/: noise with train/ and val/."""
     root = tmp_path_factory.mktemp("experiment")
@@ -125,7 +125,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def experiment(place: Path) -> dict[str, str]:
     """The same as parameters of the lessons, with tables of the evaluation."""
     data, models, tables = (str(place / name) for name in ("imagenet", "models", "tables/crop-128"))

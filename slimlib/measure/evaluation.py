@@ -299,8 +299,7 @@ def save_tables(
     tables["comparisons.csv"] = told = all_comparisons(results)
     shown = ["anchor", "test", "machine", "bd_rate", "bd_rate_low", "bd_rate_high", "lost_draws", "won", "lost", "p"]
     print(told[shown].to_string(index=False, float_format="%.3g") if len(told) else "no curves to compare")
-    codec = next((method.codec for method, _ in jobs if method.codec), None)
-    if codec:
+    if codec := next((method.codec for method, _ in jobs if method.codec), None):
         tables["times.csv"] = methods.measure_times(codec, [scenes[i] for i in range(min(5, len(scenes)))])
     for name, table in tables.items():
         text = table.to_csv(index=False, float_format="%.6g").encode()

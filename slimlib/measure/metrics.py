@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -40,21 +41,24 @@ def interval(hits: Sequence | np.ndarray, clusters: Sequence | np.ndarray | None
     wide as Wilson's. Where all or no hits are right, resampling sees no spread: Wilson's is of the number of clusters.
     """
     hits = np.asarray(hits, float)
-    known = np.isfinite(hits)
-    values = hits[known]
-    if not len(values):
+    if not (known := np.isfinite(hits)).any():
         return math.nan, math.nan
-    of, members = np.unique(np.arange(len(hits)) if clusters is None else clusters, return_inverse=True)
-    sizes, right = (np.bincount(members[known], weight, len(of)) for weight in (None, values))
-    right, sizes = right[sizes > 0], sizes[sizes > 0]
+    values, of = hits[known], (np.arange(len(hits)) if clusters is None else np.asarray(clusters))[known]
+    _, members = np.unique(of, return_inverse=True)
+    sizes, right = np.bincount(members), np.bincount(members, values)
     share, n = values.mean(), len(values) if 0 < values.mean() < 1 else len(sizes)
     low, high = binomtest(round(share * n), n).proportion_ci(method="wilson")
     if len(sizes) < len(values):
-        rng = np.random.default_rng(0)
-        picks = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), 2_000)  # how often each is drawn
+        picks = _resamples(len(sizes))
         ends = np.quantile(picks @ right / (picks @ sizes), ENDS)
         low, high = min(low, ends[0]), max(high, ends[1])
     return 100 * float(low), 100 * float(high)
+
+
+@functools.lru_cache(4)  # a table asks for the same ones in every row
+def _resamples(n: int) -> np.ndarray:
+    """How often each of n clusters is drawn in resamples with replacement, (2000, n)."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 2_000)
 
 
 def clusters_of(results: pd.DataFrame) -> pd.Series:
@@ -68,13 +72,10 @@ def frontier(rates: Sequence[float] | np.ndarray, accuracies: Sequence[float] | 
 
     Points without a rate or an accuracy (NaN) do not count.
     """
-    best: list[tuple[float, float]] = []
-    points = [point for point in zip(rates, accuracies, strict=True) if np.isfinite(point).all()]
-    # Of equal rates the most accurate comes first, so that the others fall away.
-    for rate, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not best or accuracy > best[-1][1]:
-            best.append((float(rate), float(accuracy)))
-    return np.array(best).reshape(-1, 2).T
+    points = np.array([rates, accuracies], float)
+    points = points[:, np.isfinite(points).all(0)]
+    points = points[:, np.lexsort((-points[1], points[0]))]  # of equal rates the most accurate first: the others go
+    return points[:, np.diff(np.maximum.accumulate(np.r_[-np.inf, points[1]])) > 0]
 
 
 def accuracy_at(curve: Curve, rate: float) -> float:
