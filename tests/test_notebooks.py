@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, object]] = {
     | {"qualities": [0.4, 0.8]},
     "07_evaluation": {"n_scenes": 6, "n_gallery": 1, "draws": 20, "time_scenes": 1, "coverage_trials": 100},
     "08_bitrate_explorer": {"qualities": [0.2, 0.8], "caption_qualities": [0.5]},
-    "09_compressor_by_hand": {"n_train": 16, "n_scenes": 8, "train_steps": 6, "batch": 4, "qualities": [0.2, 0.8]},
+    "09_compressor_by_hand": {"n_train": 16, "n_scenes": 4, "train_steps": 6, "batch": 4, "qualities": [0.2, 0.8]},
     "10_pocket_scenes": {"size": 64},
     "11_pocket_models": {"n_scenes": 24, "n_drawn": 4, "draw_steps": 4},
     "12_paper_scale": {"sizes": [256], "n_pictures": 8, "train_steps": 4},
