@@ -82,8 +82,20 @@ def _run(name: str, words: list[str]) -> int:
     for file in files:
         parser.add_argument(file, type=Path, help=FILES[file])
     given = vars(parser.parse_args(words))
+    if device := given.get("device"):
+        check_device(device)
     paths = [given.pop(file) for file in files]
     return command(kind(**given), *paths)
+
+
+def check_device(name: str) -> None:
+    """ValueError, with those that are here, for a device that is not."""
+    import torch
+
+    kinds = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    here = [f"{kind}:{i}" for kind, count in kinds.items() for i in range(count)]
+    if not {name, f"{name}:0"} & {*here}:
+        raise ValueError(f"there is no device {name!r} here: expected one of {', '.join(here)} (a kind alone does)")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -137,41 +149,57 @@ class Compress(Decompress):
 
 
 def compress(options: Compress, picture: Path, stream: Path) -> int:
-    codec, file = _open(options, picture, stream, options.force)
+    file, codec = _read(picture, stream, options.force), _load(options)
     start, caption = time.perf_counter(), None if options.caption == "none" else options.caption
     data = codec.compress(file, options.quality, caption, steps=options.steps, seed=options.seed, t0=options.t0)
     return _write(stream, data, time.perf_counter() - start, codec.inspect(data))
 
 
 def decompress(options: Decompress, stream: Path, picture: Path) -> int:
+    from slimlib.stream import unpack
+
+    _as_file(picture)  # what cannot hold the picture, by its kind or by its size, is refused before any work is done
+    data = _read(stream, picture, options.force).getvalue()
+    header = unpack(data, max_pixels=options.max_pixels, unit=1)[0]
+    _as_file(picture, size=(header.width, header.height))
+    codec, start = _load(options), time.perf_counter()
+    image = codec.decompress(data, steps=options.steps)
+    seconds = time.perf_counter() - start
+    return _write(picture, _as_file(picture, image), seconds, f"{image.width} x {image.height} pixels")
+
+
+def _as_file(path: Path, image: Any = None, size: tuple[int, int] = (128, 128)) -> bytes:
+    """A picture, or a black one, as a file of the kind that a path ends in; ValueError if that cannot hold it."""
     from PIL import Image
 
-    kind = Image.registered_extensions().get(picture.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"cannot write a picture as {picture.name!r}: end its name in .png, .webp or .jpg")
-    codec, data = _open(options, stream, picture, options.force)
-    start = time.perf_counter()
-    image = codec.decompress(data.getvalue(), steps=options.steps)
-    seconds, file = time.perf_counter() - start, io.BytesIO()
-    image.save(file, format=kind)
-    return _write(picture, file.getvalue(), seconds, f"{image.width} x {image.height} pixels")
+    import slimlib.images  # noqa: F401 (teaches Pillow what plugins know, such as JPEG XL)
+
+    image, file = image or Image.new("RGB", size), io.BytesIO()
+    file.name = path.name
+    try:
+        image.save(file)
+        if path.suffix.lower() != ".pdf" and (found := Image.open(file).size) != image.size:  # icons have their own
+            raise ValueError(f"it would have {found[0]} x {found[1]} pixels")
+    except Exception as error:
+        raise ValueError(f"cannot write the picture as {path.name!r} ({error}): end its name in .png") from error
+    return file.getvalue()
 
 
 def inspect(options: Inspect, stream: Path) -> int:
-    codec, data = _open(options, stream)
-    print(codec.inspect(data.getvalue()))
+    data, codec = _read(stream).getvalue(), _load(options)
+    print(codec.inspect(data))
     if options.judge:
         from slimlib.data.imagenet import photo_machine
         from slimlib.images import as_rgb
 
         machine, before = photo_machine(), as_rgb(options.judge, 1 << 27, longest=512)
-        for what, picture in {"the photograph": before, "what is decoded": codec.decompress(data.getvalue())}.items():
+        for what, picture in {"the photograph": before, "what is decoded": codec.decompress(data)}.items():
             print(f"{what}: " + ", ".join(f"{name} {share:.0%}" for name, share in machine.top5(picture)[:3]))
     return 0
 
 
-def _open(options: Models, source: Path, output: Path | None = None, force: bool = False) -> tuple[Any, io.BytesIO]:
-    """The codec and the input, read once as a pipe must be; what is wrong with files is said before models load."""
+def _read(source: Path, output: Path | None = None, force: bool = False) -> io.BytesIO:
+    """The input, read once as a pipe must be; what is wrong with files is said before models load."""
     from slimlib.utils import in_place
 
     data = io.BytesIO(source.read_bytes())
@@ -181,10 +209,14 @@ def _open(options: Models, source: Path, output: Path | None = None, force: bool
             raise ValueError(f"{output} is a folder, or the input; name another output")
         if not force and not in_place(output):
             raise ValueError(f"{output} is already there; add --force to overwrite it")
+    return data
+
+
+def _load(options: Models) -> Any:
     print(f"loading the models ({options.scale}) ...", file=sys.stderr)
     codec = slimlib.SlimCodec.from_pretrained(options.scale)
     codec.max_pixels = options.max_pixels
-    return codec, data
+    return codec
 
 
 def _write(output: Path, data: bytes, seconds: float, said: Any) -> int:

@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 from slimlib.entropy import RangeDecoder, RangeEncoder
-from slimlib.scales import load_plain, load_pretrained, unloadable
+from slimlib.scales import load_plain, load_pretrained, reading
 from slimlib.stream import StreamError
 from slimlib.utils import Device, pick_device, quiet_libraries, write_file
 
@@ -132,10 +132,8 @@ class CaptionPrior:
     @classmethod
     def load(cls, path: str | Path) -> CaptionPrior:
         """Read what `save` wrote; FileNotFoundError if there is nothing, ValueError if the file is damaged."""
-        try:
+        with reading(path, "a caption prior"):
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except Exception as error:
-            raise unloadable(Path(path), error, "a caption prior") from error
 
     def save(self, path: str | Path) -> None:
         """Write as a JSON file."""

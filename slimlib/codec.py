@@ -231,8 +231,7 @@ class SlimCodec:
     def region(self, picture: Image.Image, z: Tensor, quality: float) -> Tensor:
         """Where the compressor sees the object in a picture with latent z, (1, H, W) in [0, 1]."""
         with _threads(self.exact), torch.no_grad():
-            cells = self.compressor.region(z, quality)
-            cells = F.interpolate(cells, scale_factor=self.ldm.factor, mode="bilinear")
+            cells = F.interpolate(self.compressor.region(z, quality), scale_factor=self.ldm.factor, mode="bilinear")
             return cells[0, :, : picture.height, : picture.width]
 
     def look(self, picture: Image.Image, z: Tensor, quality: float) -> tuple[Tensor, str]:
@@ -245,12 +244,10 @@ class SlimCodec:
     def read(self, stream: bytes) -> Decoded:
         """Undo the entropy coding and the compressor only: the latent as it enters the diffusion."""
         header, payload = unpack(stream := as_bytes(stream), self.fingerprint, self.max_pixels, self._unit)
-        config, latest = self.compressor.config, self.ldm.scheduler.config.num_train_timesteps - 1
-        walk = config.walk(header.quality / 255)
-        coder, quality = RangeDecoder(payload), header.quality / 255
-        t0 = walk.t0 if header.t0 is None else header.t0
-        steps = walk.steps if header.steps is None else header.steps
-        if t0 > latest:
+        config, coder, quality = self.compressor.config, RangeDecoder(payload), header.quality / 255
+        asked: Any = header.t0, header.steps  # both or neither
+        t0, steps = config.walk(quality)[:2] if header.t0 is None else asked
+        if t0 > (latest := self.ldm.scheduler.config.num_train_timesteps - 1):
             raise StreamError(f"The stream asks for t0 = {t0}; this diffusion model ends at {latest}.")
         if steps > MAX_STEPS:
             raise StreamError(f"The stream asks for {steps} denoising steps; {MAX_STEPS} is the limit.")
@@ -266,12 +263,11 @@ class SlimCodec:
         shown = len(stream), header.width, header.height, quality, caption or None, t0, steps, header.seed
         return Decoded(z_hat, StreamReport(*shown, bits, bit_map))
 
-    def enhance(self, decoded: Decoded, steps: int | None = None) -> Iterator[Tensor]:
-        """The latent after each denoising step that the stream asks for, or after each of `steps`."""
+    def enhance(self, decoded: Decoded, steps: int | None = None, batched: bool = False) -> Iterator[Tensor]:
+        """The latent after each denoising step that the stream asks for, or of `steps`; batched, as if not `exact`."""
         report = decoded.report
-        guidance = self.compressor.config.walk(report.quality).guidance
-        steps = report.steps if steps is None else steps
-        words, batched = [report.caption or ""], not self.exact
+        guidance, batched = self.compressor.config.walk(report.quality).guidance, batched or not self.exact
+        words, steps = [report.caption or ""], report.steps if steps is None else steps
         return self.ldm.enhance(decoded.z_hat, words, report.t0, steps, [report.seed], guidance, batched)
 
     @property

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from slimlib import entropy
 from slimlib.entropy import FrequencyTable, IntegerNet, RangeDecoder, RangeEncoder, clamp_ste, gaussian_table
 from slimlib.images import check_finite
-from slimlib.scales import unloadable
+from slimlib.scales import reading
 from slimlib.stream import StreamError
 from slimlib.transforms import Decoder, Encoder
 from slimlib.utils import Device, evaluating, pick_device, write_file
@@ -113,21 +113,17 @@ class LatentCompressor(nn.Module):
 
         log_gain = knots(config.gain_min, config.gain_max, config.y_channels)
         hyper_gain = knots(0.5, 2.0, config.h_channels)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.log_gain = nn.Parameter(log_gain.clone())
-        self.log_inverse_gain = nn.Parameter(-log_gain)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.log_gain, self.log_inverse_gain = nn.Parameter(log_gain.clone()), nn.Parameter(-log_gain)
         self.log_hyper_gain = nn.Parameter(hyper_gain.clone())
         self.gate_depth = nn.Parameter(torch.full((entropy.QUALITY_KNOTS, config.y_channels), -1.0))
         index_start = (log_gain - np.log(config.scale_min)) / config.log_step
         prior_start = float(-np.log(config.scale_min)) / config.log_step
-        self.net = IntegerNet(
-            config.net_width, config.scale_levels, log_gain.exp(), index_start, hyper_gain.exp(), prior_start
-        )
+        starts = log_gain.exp(), index_start, hyper_gain.exp(), prior_start
+        self.net = IntegerNet(config.net_width, config.scale_levels, *starts)
         rarest = 2.0**-entropy.FREQUENCY_BITS  # probability in the table of frequencies
         self.gaussian = GaussianConditional(None, scale_bound=config.scale_min, likelihood_bound=rarest)
-        columns = 2 * config.symbol_bound + 2
-        self.register_buffer("table", torch.zeros(config.scale_levels, columns, dtype=torch.int32))
+        self.register_buffer("table", torch.zeros(config.scale_levels, 2 * config.symbol_bound + 2, dtype=torch.int32))
 
     @property
     def device(self) -> torch.device:
@@ -250,9 +246,8 @@ class LatentCompressor(nn.Module):
 
     def update(self) -> None:
         """Compute the integer table of frequencies: once, when training ends."""
-        config = self.config
-        scales = config.scale_min * np.exp(config.log_step * np.arange(config.scale_levels))
-        self.table.copy_(torch.from_numpy(gaussian_table(scales, config.symbol_bound)))
+        scales = self.config.scale_min * np.exp(self.config.log_step * np.arange(self.config.scale_levels))
+        self.table.copy_(torch.from_numpy(gaussian_table(scales, self.config.symbol_bound)))
 
     def _frequencies(self) -> FrequencyTable:
         if not self.table.any():
@@ -285,15 +280,13 @@ class LatentCompressor(nn.Module):
         for path in (config, weights):
             if not path.is_file():
                 raise FileNotFoundError(f"{folder} holds no compressor: {path.name} is missing.")
-        try:
+        with reading(folder, "a compressor"):
             values = json.loads(config.read_text(encoding="utf-8"))
             model = cls(CompressorConfig(**values))
             if missing := asdict(model.config).keys() - values.keys():
                 raise ValueError(f"{config} lacks {', '.join(sorted(missing))}")
             model._restore(load_file(weights))
             model._frequencies()  # is sound
-        except Exception as error:
-            raise unloadable(Path(folder), error, "a compressor") from error
         return model.eval().to(pick_device(device))
 
     def fingerprint(self) -> int:
@@ -333,9 +326,9 @@ class LatentCompressor(nn.Module):
 
 def quality_byte(quality: float) -> int:
     """What stands in a stream for a quality in [0, 1]."""
-    if not 0 <= quality <= 1:
-        raise ValueError(f"Quality must lie in [0, 1], not {quality}.")
-    return round(quality * 255)
+    if quality is None or isinstance(quality, str) or not 0 <= quality <= 1:
+        raise ValueError(f"Quality must be a number in [0, 1], not {quality!r}.")
+    return round(float(quality) * 255)
 
 
 def _decode(coder: RangeDecoder, rows: Tensor, table: FrequencyTable) -> Tensor:

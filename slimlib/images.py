@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from zlib import crc32
 import numpy as np
 import pillow_jxl  # noqa: F401 (teaches Pillow JPEG XL)
 import torch
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, _imaging
 from torch import Tensor
 
 from slimlib.stream import padded
@@ -24,6 +25,10 @@ with contextlib.suppress(ImportError):  # optional: HEIC, what many telephones w
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+
+TiffImagePlugin.logger.disabled = True  # of damage it says something on stderr, as libtiff does: it is raised as well
+with contextlib.suppress(AttributeError, OSError):
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 MAX_PIXELS = 1 << 20
 """Largest picture by default, 1024 x 1024: it takes a processor core a minute and 2 GB, and larger ones far more."""

@@ -191,9 +191,9 @@ class LatentDiffusion:
     def times(self, t0: int, steps: int) -> list[int]:
         """The times visited: t0, ..., CLEAN in `steps` equal strides (at most t0 + 1 of at least one)."""
         last = self.scheduler.config.num_train_timesteps - 1
-        if not 0 <= t0 <= last or steps < 0:
-            raise ValueError(f"t0 is {t0}, steps {steps}; expected 0 (no enhancement) to {last}, and 0 or more")
-        steps = min(steps, t0 + 1)
+        if not all(hasattr(n, "__index__") for n in (t0, steps)) or not 0 <= t0 <= last or steps < 0:
+            raise ValueError(f"t0 is {t0!r}, steps {steps!r}; expected whole numbers, 0 to {last}, and 0 or more")
+        t0, steps = int(t0), min(int(steps), int(t0) + 1)  # NumPy's would overflow
         return [round((t0 + 1) * (steps - i) / steps) + CLEAN for i in range(steps + 1)] if steps else []
 
     def enhance(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from slimlib.scales import reading
 from slimlib.utils import Device, option, pick_device, rank_and_world, whole_file, write_file
 
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -80,11 +81,14 @@ def fit(
 
     Raises:
         ValueError: the checkpoint is damaged, was trained with other settings, or is not seen by all processes.
+        FloatingPointError: 20 steps on end have no finite gradient: they would go on, and change nothing.
     """
     on_cpu = rank_and_world()[1] > 1 and pick_device(device).type == "cpu"
     accelerator, folder, start = Accelerator(cpu=on_cpu, device_placement=False), Path(folder), time.monotonic()
     if (kind := accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"{kind} cuts weights into shards, and a checkpoint would hold one: launch with MULTI_GPU")
+    if (world := rank_and_world()[1]) != accelerator.num_processes:  # each would train alone, into one folder
+        raise ValueError(f"WORLD_SIZE is {world}, and {accelerator.num_processes} would train: launch with torchrun")
     main, checkpoint = accelerator.is_main_process, folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
@@ -94,17 +98,19 @@ def fit(
     ema = get_ema_multi_avg_fn(config.ema)
     averages = {name: AveragedModel(m, multi_avg_fn=ema) for name, m in modules.items()} if config.ema else {}
     stored = {**modules, **{f"average of {name}": module for name, module in averages.items()}}
-    settings, first, before = {**asdict(config), **(settings or {})}, 0, 0.0
+    settings, first, before, lost = {**asdict(config), **(settings or {})}, 0, 0.0, 0
+    settings["accumulate * processes"] = settings.pop("accumulate") * accelerator.num_processes
     goes_on = resume and checkpoint.exists()
     seeing = int(accelerator.reduce(torch.tensor(float(goes_on), device=accelerator.device), "sum"))
     if 0 < seeing < accelerator.num_processes:  # the others would begin anew, and all would wait for ever
         raise ValueError(f"{seeing} of {accelerator.num_processes} processes see {checkpoint}: share its disk")
     if goes_on:
         state = _load(checkpoint, settings)
-        first, before = state["step"], state["seconds"]
-        optimizer.load_state_dict(state["optimizer"])
-        for name, module in stored.items():
-            module.load_state_dict(state["modules"][name])
+        with reading(checkpoint, "a checkpoint of this training"):
+            first, before = state["step"], state["seconds"]
+            optimizer.load_state_dict(state["optimizer"])
+            for name, module in stored.items():
+                module.load_state_dict(state["modules"][name])
     for log in ("log.csv", "curve.csv") if main else ():
         _forget(folder / log, first)
     *networks, stepper = accelerator.prepare(*modules.values(), optimizer)
@@ -130,8 +136,10 @@ def fit(
                 accelerator.backward(loss / config.accumulate)
             for name, value in {"loss": loss, **parts}.items():
                 shown[name] = shown.get(name, 0) + torch.as_tensor(value).detach() / config.accumulate
-        norm = accelerator.clip_grad_norm_(parameters, config.clip)
-        if bool(norm.isfinite()):  # one bad batch must not end a long run
+        lost = 0 if bool(accelerator.clip_grad_norm_(parameters, config.clip).isfinite()) else lost + 1
+        if lost == min(20, config.steps):  # one bad batch must not end a long run
+            raise FloatingPointError(f"no finite gradient in {lost} steps on end: are the weights and the data finite?")
+        if not lost:
             stepper.step()
             for name, average in averages.items():
                 average.update_parameters(modules[name])
@@ -174,12 +182,10 @@ def learning_rate(step: int, config: FitConfig) -> float:
 
 
 def _load(path: Path, settings: dict) -> dict:
-    try:
+    with reading(path, "a checkpoint of this program"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        there = state["settings"]
-    except Exception as error:  # pickle, zip and torch have errors of many kinds
-        raise ValueError(f"{path} is no checkpoint of this program, or it is damaged ({error}).") from error
-    differing = [f"{k}: {there.get(k)} there, {v} asked for" for k, v in settings.items() if there.get(k) != v]
+        there = {**settings, **state["settings"]}  # what an older version did not store cannot be compared
+    differing = [f"{k}: {there[k]} there, {v} asked for" for k, v in settings.items() if there[k] != v]
     if differing:
         raise ValueError(f"{path} was trained with other settings ({'; '.join(differing)}). Use another folder.")
     return state

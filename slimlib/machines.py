@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from slimlib.images import to_tensor
+from slimlib.images import check_finite, to_tensor
 from slimlib.scales import hub_error, unloadable
 from slimlib.utils import Device, pick_device
 
@@ -76,6 +76,7 @@ def load_machine(name: str, device: Device = None) -> Machine:
     try:
         place = f"local-dir:{name}" if local else f"hf-hub:timm/{name}" if pinned else name
         net = timm.create_model(place, pretrained=True)
+        check_finite(torch.cat([tensor.flatten().float() for tensor in net.state_dict().values()]), "the machine")
     except Exception as error:
         if isinstance(error, OSError) and not local:  # a misspelt name does not come that far
             raise hub_error(f"timm/{name}", error) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,7 @@ class Scale:
             )
         half = pocket or any((folder / "ldm").glob("unet/*.fp16.safetensors"))
         parts = {part: str(folder / part) for part in ("ldm", "captioner", "machine_a", "machine_b")}
-        more = ("machine_a2", "machine_c", "machine_d")
-        parts |= {part: str(folder / part) for part in more if (folder / part).is_dir()}
+        parts |= {p: str(folder / p) for p in ("machine_a2", "machine_c", "machine_d") if (folder / p).is_dir()}
         return Scale(folder.name, 128, **parts, compressor=compressor, variant="fp16" if half else None)
 
 
@@ -124,17 +125,28 @@ def load_pretrained(cls: Any, name: str | Path, part: str = "", **options: Any) 
     """`load_plain` for weights: safetensors only, and they must fit, or the libraries would leave gaps random.
 
     Raises:
-        ValueError: weights are missing, surplus or of another shape; names some.
+        ValueError: weights are missing, surplus, of another shape or not finite; names some.
     """
     model, info = load_plain(cls, name, part, use_safetensors=True, output_loading_info=True, **options)
     # position_ids is a constant that files of older library versions carry along
     surplus = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
     faults = {"missing": info["missing_keys"], "unexpected": surplus, "of another shape": info["mismatched_keys"]}
+    there = ((name, weight) for name, weight in model.named_parameters() if not weight.is_meta)  # not missing
+    faults["not finite"] = [name for name, weight in there if not bool(weight.isfinite().all())]
     for kind, keys in faults.items():
         if keys:
             some, where = ", ".join(sorted(map(str, keys))[:3]), Path(name, part)
             raise ValueError(f"{where}: {len(keys)} weights are {kind} (such as {some}); is this a {cls.__name__}?")
     return model
+
+
+@contextmanager
+def reading(where: str | Path, what: str) -> Iterator[None]:
+    """Make `unloadable` of whatever a damaged file raises, or a folder of files."""
+    try:
+        yield
+    except Exception as error:
+        raise unloadable(Path(where), error, what) from error
 
 
 def unloadable(where: Path, error: Exception, what: str) -> ValueError | OSError:
@@ -161,7 +173,7 @@ def _fault(path: Path) -> str:
         elif path.suffix == ".safetensors":
             safe_open(path, "pt")
     except Exception as error:
-        return f"is cut or damaged, fetch it again ({' '.join(str(error).split())})"
+        return f"is cut or damaged, fetch or make it again ({' '.join(str(error).split())})"
     return ""
 
 

@@ -73,8 +73,8 @@ def pack(header: StreamHeader, payload: bytes) -> bytes:
     """Join header and payload into one .slim stream; a field out of its range raises ValueError."""
     for name, largest in LARGEST.items():
         value = getattr(header, name)
-        if value is not None and not 0 <= value <= largest:
-            raise ValueError(f"{name} is {value}; a .slim stream holds 0 to {largest}.")
+        if value != getattr(StreamHeader, name, "") and not (hasattr(value, "__index__") and 0 <= value <= largest):
+            raise ValueError(f"{name} is {value!r}; a .slim stream holds a whole number from 0 to {largest}.")
     if not 0 < (pixels := padded(header.width, header.height)) <= LARGEST_IMAGE:
         raise ValueError(f"The image is coded as {pixels} pixels; a .slim stream holds 1 to {LARGEST_IMAGE}.")
     if (header.t0 is None) != (header.steps is None):

@@ -50,6 +50,10 @@ class Stage1Config(FitConfig):
     lambda_max: float = option(4.5, "weight of the error at quality 1", 1e-9)
     beta: float = option(0.1, "weight of the auxiliary head that learns to see the region of interest", 0)
 
+    def __post_init__(self) -> None:
+        if self.lambda_min > self.lambda_max:
+            raise ValueError(f"lambda_min, {self.lambda_min:g}, is above lambda_max, {self.lambda_max:g}: swap them")
+
 
 @dataclass
 class Stage2Config(Stage1Config):
@@ -71,6 +75,7 @@ class Stage2Config(Stage1Config):
     checkpointing: bool = option(False, "compute parts of UNet and VAE decoder twice: less memory, more time")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task not in ("ce", "features"):
             raise ValueError(f'task is {self.task!r}; expected "ce" or "features".')
 
@@ -91,7 +96,7 @@ def train_stage1(
         masks: (N, h, w) the region m on the latent grid, uint8 0..255 or floats 0..1.
         out: gets the checkpoint, the log, and at the end config.json and model.safetensors.
         compressor: what to start from: a model (trained in place), an architecture, or the default.
-        device, limits: as for `fit` (resume, progress, max_seconds).
+        device, limits: as for `fit` (resume, progress, max_seconds, settings: what else a checkpoint belongs to).
 
     Raises:
         ValueError: latents and masks do not fit each other, or the checkpoint has other settings.
@@ -108,7 +113,8 @@ def train_stage1(
             out = networks["compressor"](z, quality)
         return stage1_loss(out, z, m, quality, config, model.config.factor)
 
-    settings, groups = {"compressor": asdict(model.config)}, parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay)
+    settings = {"compressor": asdict(model.config), **limits.pop("settings", {})}
     fit(config, {"compressor": model}, loss_of, out, groups=groups, settings=settings, device=device, **limits)
     if rank_and_world()[0] == 0:
         model.save_pretrained(out)
@@ -239,7 +245,7 @@ def train_stage2(
         loss = loss + (rate_weight(quality, config).sqrt() * config.a * diffusion + config.b * task).mean()
         return loss, {**parts, "diffusion": diffusion.mean(), "task": task.mean()}
 
-    settings = {"compressor": asdict(model.config)}
+    settings = {"compressor": asdict(model.config), **limits.pop("settings", {})}
     fit(config, modules, loss_of, out, groups=groups, settings=settings, device=device, **limits)
     ldm.unet = unet
     if rank_and_world()[0] == 0:

@@ -83,11 +83,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.place = nn.Conv2d(width, width, 3, padding=1, groups=width)  # positions, and neighbours
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.q, self.kv, self.out = (nn.Linear(width, outputs) for outputs in (width, 2 * width, width))
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.modulate = nn.Linear(16, 4 * width)
         nn.init.zeros_(self.modulate.weight)

@@ -39,7 +39,7 @@ def option(default: Any, help: str, *within: float) -> Any:
 
 def rank_and_world() -> tuple[int, int]:
     """Which of how many processes this is, as torchrun and `accelerate launch` say: (0, 1) where nobody does."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # "" is not set
     if not 0 <= rank < world:  # it would have no work, and others would lack what is its
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world} in the environment: ranks count from 0")
     return rank, world
@@ -49,8 +49,8 @@ def pick_device(device: Device = None) -> torch.device:
     """The device asked for, or the best one at hand: CUDA, Apple's MPS, the CPU; of several processes each its own."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     found = torch.device(device or best)
-    if found.type == "cuda" and (found.index is None or "LOCAL_RANK" in os.environ):
-        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
+    if found.type == "cuda" and (found.index is None or os.environ.get("LOCAL_RANK")):
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % max(1, torch.cuda.device_count()))
         if torch.cuda.is_available():
             torch.cuda.set_device(found)  # what forgets its device would take memory of the first one
     return found
@@ -118,6 +118,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         if error.errno and error.filename in (None, str(temporary)):  # nobody knows that name
             error.filename, error.filename2 = str(path), None
         raise
+    except RuntimeError as error:  # what `torch.save` makes of the same
+        raise OSError(f"{path} cannot be written: is its disk full? ({error})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -248,6 +248,53 @@ def test_what_is_no_cache_is_named(tiny_world: Path, whole: Path, tmp_path: Path
         fill_from(tiny_world, tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("file", "data", "said"),
+    [
+        ("about.json", b'{"pictures": 4, "blo', r"about\.json \(of a cache's settings \(delete it"),
+        ("about.json", b"[]", r"about\.json does not hold a cache's settings"),
+        ("whole/words.json", b"", r"words\.json \(of a cache's arrays \(delete this folder"),
+        ("whole/masks.npy", b"\x93NUMPY", r"whole does not hold a cache's arrays \(delete this folder"),
+        ("whole/labels.npy", b"", r"whole does not hold a cache's arrays"),
+        ("whole/boxes.npy", None, r"whole does not hold a cache's arrays .*'boxes'"),
+    ],
+)
+def test_damaged_files_are_named(
+    tiny_world: Path, whole: Path, tmp_path: Path, file: str, data: bytes | None, said: str
+) -> None:
+    """And what the message says helps."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).unlink() if data is None else (tmp_path / file).write_bytes(data)
+    with pytest.raises(ValueError, match=said):
+        Cache.open(tmp_path)
+    if file == "about.json":
+        with pytest.raises(ValueError, match=said):
+            fill_from(tiny_world, tmp_path)
+        (tmp_path / file).unlink()
+    else:
+        shutil.rmtree(tmp_path / "whole")
+    assert fill_from(tiny_world, tmp_path) == 0
+    assert same(replace(Cache.open(tmp_path), about={}), replace(Cache.open(whole), about={}))
+
+
+@pytest.mark.parametrize("size", [48, 70, 72])
+def test_sizes_that_could_not_be_trained_on_are_refused(tiny_codec_world: Path, tmp_path: Path, size: int) -> None:
+    """Before all pictures are looked at: the compressor halves the latent three times."""
+    options = Options(data="pocket", n=3, out=tmp_path, scale=f"{tiny_codec_world},size={size}", device="cpu")
+    with pytest.raises(ValueError, match=f"size={size}: expected a multiple of 32 pixels to train on"):
+        command(options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_latents_that_are_not_finite_are_refused(tiny_world: Path, tmp_path: Path) -> None:
+    """Training would leave out each batch with one of them."""
+    ldm = LatentDiffusion.from_pretrained(tiny_world / "ldm", device="cpu")
+    ldm.vae.config.scaling_factor = 1e6  # beyond the range of half precision
+    with pytest.raises(ValueError, match="the latent holds numbers that are not finite"):
+        fill_from(tiny_world, tmp_path, ldm=ldm)
+    assert not [*(tmp_path / "blocks").glob("*")]
+
+
 def test_the_command(tiny_codec_world: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     from paper_world import make_imagenet  # not at the top: the script of the test with the kill does without
 

@@ -20,6 +20,7 @@ from tiny_codec import picture
 from slimlib import SlimCodec
 from slimlib import __main__ as cli
 from slimlib.data import imagenet
+from slimlib.stream import StreamHeader, pack
 
 REPO = Path(__file__).resolve().parent.parent
 Capture = pytest.CaptureFixture[str]
@@ -138,6 +139,27 @@ def test_failures_say_why_in_one_line(world: Path, whole: bytes, capsys: Capture
     assert not said.out and not [name for name in os.listdir() if name.startswith("out")]
 
 
+@pytest.mark.parametrize(
+    ("size", "ending", "reason"),
+    [
+        *(((70, 50), ending, "") for ending in (".xbm", ".msp", ".palm", ".blp", ".wmf", ".h5", ".xyz", "")),
+        ((70, 50), ".ico", "48 x 34 pixels"),  # icons have sizes of their own
+        ((70, 50), ".icns", "1024 x 1024 pixels"),
+        ((17_000, 1), ".webp", "limit of 16383 pixels"),
+        ((1, 70_000), ".jpg", "broken data stream"),
+    ],
+)
+def test_what_cannot_hold_the_picture_is_refused_before_any_work(
+    size: tuple[int, int], ending: str, reason: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlimCodec, "from_pretrained", None)
+    Path("a.slim").write_bytes(pack(StreamHeader(1, 2, *size), b""))
+    assert cli.main(["decompress", "a.slim", f"out{ending}", "--max-pixels", str(1 << 23)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"slim decompress: cannot write the picture as 'out{ending}' (") and said.count("\n") == 1
+    assert reason in said and said.endswith("): end its name in .png\n") and not Path(f"out{ending}").exists()
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_codec_world: Path) -> bytes:
     return SlimCodec.from_pretrained(tiny_codec_world).compress(picture(70, 50), caption=None)
@@ -170,6 +192,9 @@ def test_as_a_process(world: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "bytes" in result.stdout
     assert result.stderr == f"loading the models ({world}) ...\n"
+    back = [*command[:3], *"decompress photo.slim back.jxl --steps 0 --scale".split(), str(world)]
+    subprocess.run(back, env=environment, check=True, timeout=900)
+    assert Path("back.jxl").read_bytes().startswith(b"\xff\x0a"), "a plugin's format, whatever was imported before"
     assert Path("photo.slim").stat().st_mode & 0o777 == Path("photo.png").stat().st_mode & 0o777
 
 
@@ -211,6 +236,8 @@ def test_what_cannot_be_said(say: str, into: str, status: int, said: str) -> Non
 
 SCRIPTS = {
     "assets/paper/baselines.py": "--cache nowhere --out x",
+    "assets/paper/stand_in.py": "/proc/nowhere --tiny",
+    "assets/pocket/walks.py": "compressor --out nowhere",
     "assets/paper/trial.py": "measure nowhere --device nonsense",
     "assets/pocket/train.py": "machine_a --threads -1 --out x --work y",
     "notebooks/run.py": "00 --time-limit 5 --runs photo.png",
@@ -260,6 +287,19 @@ def test_numbers_out_of_range_are_wrong_usage(words: str, wrong: str, capsys: Ca
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and f"--{option}: invalid choice: " in last and not Path("out").exists()
     assert f"choice: {number}" in last and re.search(r"choose from '[\d.e-]+ to [\d.e+inf]+'\)$", last)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cuda:x", "mps:3", "meta", "xpu", "cpu:1"])
+@pytest.mark.parametrize(
+    "words", ["train --cache none --out out", "evaluate", "preprocess --data x --out out", "doctor"]
+)
+def test_a_device_that_is_not_here(words: str, device: str, capsys: Capture) -> None:
+    assert cli.main([*words.split(), "--device", device]) == 1
+    said = capsys.readouterr()
+    assert f"there is no device '{device}' here: expected one of " in said.err and "cpu:0" in said.err and not said.out
+    assert said.err.count("\n") == 1 and "SLIM_TRACEBACK" not in said.err
+    for there in ("cpu", "cpu:0"):
+        cli.check_device(there)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

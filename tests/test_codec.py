@@ -167,6 +167,33 @@ def test_arguments_out_of_range(codec: SlimCodec, wrong: dict) -> None:
         codec.compress(picture(), **{"caption": None} | wrong)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [({"quality": q}, "a number in .0, 1., not") for q in (None, "0.5", "high", 50)]
+    + [({name: value}, "whole number") for name in ("steps", "t0", "seed") for value in (3.0, 2.5, "3", [3], np.nan)]
+    + [({"seed": None}, "whole number")],
+)
+def test_arguments_of_another_kind(codec: SlimCodec, wrong: dict, expected: str) -> None:
+    """The error names the argument, its value, and what was expected."""
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=expected) as error:
+        codec.compress(picture(), **{"caption": None} | wrong)
+    assert f"{name} " in str(error.value).lower() and repr(value) in str(error.value)
+    if name == "steps":
+        with pytest.raises(ValueError, match=expected):
+            codec.decompress(codec.compress(picture(), caption=None), **wrong)
+
+
+def test_numbers_of_numpy_are_numbers(codec: SlimCodec) -> None:
+    """The narrow ones, too, whose sums would overflow."""
+    plain = codec.compress(picture(), 0.5, None, t0=200, steps=3, seed=7)
+    odd = codec.compress(picture(), np.float64(0.5), None, t0=np.uint8(200), steps=np.int8(3), seed=np.uint16(7))
+    assert odd == plain == codec.compress(picture(), torch.tensor(0.5), None, t0=200, steps=torch.tensor(3), seed=7)
+    for steps in (np.uint8(3), np.int16(3), torch.tensor(3)):
+        assert codec.decompress(plain, steps).tobytes() == codec.decompress(plain, 3).tobytes()
+        assert codec.ldm.times(np.uint8(255), steps) == codec.ldm.times(255, 3)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "RGBa", "La"])
 def test_modes(codec: SlimCodec, mode: str, tmp_path: Path) -> None:
     image = original = picture(40, 24)

@@ -137,5 +137,8 @@ def test_the_command_takes_a_plan_and_single_values(capsys: pytest.CaptureFixtur
     assert all(f"\n{part} " in text for part in PARTS)
     assert main(["costs", "--size", "7"]) == 1
     assert "argument --size: 7 is not a multiple of 64" in capsys.readouterr().err
+    for peaks in ("312", "1 2 3 4"):
+        assert main(f"costs --tflops {peaks}".split()) == 1
+        assert "argument --tflops: expected three peaks, of bf16, TF32 and float32" in capsys.readouterr().err
     digits = costs.as_text(pd.DataFrame({"x": [1234567.0, 0.00123456, math.nan]})).split()
     assert digits[2::2] == ["1,234,567", "0.001235", "-"]

@@ -80,6 +80,19 @@ def test_weights_of_another_model(tiny_codec_world: Path, tmp_path: Path, part: 
     fails(part, folder, str(folder))
 
 
+@pytest.mark.parametrize("file", ["vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model", "", "machine_a"])
+def test_weights_that_are_not_finite(tiny_codec_world: Path, tmp_path: Path, file: str) -> None:
+    """A machine would name the first class for every picture, a captioner say one word."""
+    part = file if file == "machine_a" else "ldm" if file else "captioner"
+    shutil.copytree(tiny_codec_world / part, folder := tmp_path / "models", ignore=shutil.ignore_patterns("*fp16*"))
+    path = folder / (f"{file}.safetensors" if part == "ldm" else "model.safetensors")
+    tensors = load_file(path)
+    name = next(name for name, tensor in sorted(tensors.items()) if tensor.is_floating_point())
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    fails(part, folder, str(path.parent), "not finite")
+
+
 def test_a_compressor_that_is_not_whole(tiny_codec_world: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_codec_world / "compressor", folder := tmp_path / "models")
     config, weights = folder / "config.json", folder / "model.safetensors"

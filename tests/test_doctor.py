@@ -122,8 +122,21 @@ def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -
     files = {"memory.max": "2000000000\n", "memory.current": "500000000\n"}
     monkeypatch.setattr(Path, "read_text", lambda self: files[self.name])
     assert doctor.free_memory() == 1.5
+    files["memory.stat"] = "anon 300000000\ninactive_file 150000000\nactive_file 1\n"
+    assert doctor.free_memory() == 1.65, "what was only read from a disk gives way"
     files["memory.max"] = "max\n"
     assert doctor.free_memory() == pytest.approx(doctor.psutil.virtual_memory().available / 1e9, rel=0.2)
+
+
+def test_free_memory_is_that_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch system limits a group above that of the process; the root has no limit at all."""
+    read, job = Path.read_text, "/system.slice/slurmstepd.scope/job_7"
+    files = {f"/sys/fs/cgroup{job}/memory.max": "3000000000", f"/sys/fs/cgroup{job}/memory.current": "1000000000"}
+    files |= {f"/sys/fs/cgroup{job}/step_0/memory.max": "max", "/proc/self/cgroup": f"1:cpu:/\n0::{job}/step_0\n"}
+    monkeypatch.setattr(
+        Path, "read_text", lambda self: files[str(self)] if str(self) in files else read(tmp_path / "-")
+    )
+    assert doctor.free_memory() == 2.0
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from paper_world import make_imagenet, open_world
 from tiny_codec import make_world, picture
 from torch import Tensor, nn
 
+from slimlib.__main__ import main
 from slimlib.codec import SlimCodec
 from slimlib.data.imagenet import AsPublished, ImageNetScenes, Pictures
 from slimlib.data.scenes import PocketScenes, Scene
@@ -612,6 +613,82 @@ def test_an_unreadable_picture_among_many(
         assert read_table(tmp_path / "out/evaluation.csv").scenes.eq(7).all()
     (listed,) = (tmp_path / "work").glob("unreadable-*.txt")
     assert listed.read_text().startswith("3 ") and bad.name in listed.read_text()
+
+
+@pytest.mark.parametrize("place", ["--out FILE", "--out FILE/tables", "--work FILE", "--out CLOSED/tables"])
+def test_where_nothing_can_be_written_is_said_at_once(
+    place: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before models are loaded, and hours are spent."""
+    monkeypatch.setattr(methods, "open_machines", None)
+    (tmp_path / "FILE").write_text("mine")
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "CLOSED" and may(path, mode))
+    (tmp_path / "CLOSED").mkdir()
+    option, name = place.split()
+    assert main(["evaluate", option, str(tmp_path / name), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / Path(name).parts[0]} is no folder that may be written in: name another one in --out" in said
+    assert (tmp_path / "FILE").read_text() == "mine"
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    """Written by others, or cut by a disk: no traceback, and a word on what to do."""
+    jobs = [(Fake([("", 0.2)]).method, 3)]
+    whole = evaluate(marked(3), jobs, EYES, tmp_path, False, 3)
+    (path,) = tmp_path.rglob("*.csv")
+    for damaged in (b"", b"\0" * 99, b"scene\n1\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"000000\+3\.csv does not hold results \(delete it"):
+            evaluate(marked(3), jobs, EYES, tmp_path, False, 3)
+    whole.drop(columns="seen").to_csv(path, index=False)  # of an older version: it is measured again
+    again = evaluate(marked(3), jobs, EYES, tmp_path, False, 3)
+    pd.testing.assert_frame_equal(whole.drop(columns=TIMES), again.drop(columns=TIMES))
+
+
+def test_machines_that_count_otherwise_are_refused(world: Path, tmp_path: Path) -> None:
+    """The labels of one would be wrong for another, and its accuracy a matter of chance."""
+    shutil.copytree(world, tmp_path / "world")
+    path = tmp_path / "world/machine_b/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"label_names": config["label_names"][::-1]}))
+    with pytest.raises(ValueError, match="do not count the same classes in one order: .*machine_b"):
+        methods.open_machines(Scale.from_name(tmp_path / "world"), "cpu")
+
+
+@pytest.mark.parametrize("side", [64, 112])
+def test_bits_inside_of_a_picture_that_is_padded(codec: SlimCodec, side: int) -> None:
+    """Cells are 16 pixels wide, whatever the side; those beyond it are coded, too, and show its edge."""
+    matte = np.zeros((side, side), np.float32)
+    matte[:, :40] = matte[-20:] = 1
+    scene = Scene(picture(side, side), matte, 0, "", "", True)
+    padded = np.pad(matte, (0, 128 - side), "edge")[: -(-side // 32) * 32, : -(-side // 32) * 32]
+    bit_map = np.random.default_rng(0).random((len(padded) // 16,) * 2)
+    share = (np.kron(bit_map, np.ones((16, 16))) * padded).sum() / 16**2 / bit_map.sum()
+    assert methods._inside(bit_map, scene, codec) == pytest.approx(share, rel=1e-6)
+    x_hat, spent = methods.slim("SLIM", codec, timed=0).run(Batch([scene], [0]), "", 0.5)
+    stream = codec.compress(scene.image, 0.5)
+    report = codec.inspect(stream)
+    assert report.bit_map.shape == bit_map.shape and x_hat.shape == (1, 3, side, side)
+    assert spent.roi_bits[0] == pytest.approx(methods._inside(report.bit_map, scene, codec))
+    assert (x_hat - to_tensor(codec.decompress(stream))).abs().mean() < 1 / 255
+
+
+def test_imagenet_is_not_for_machines_of_the_pocket(place: SimpleNamespace, tmp_path: Path, capsys: Any) -> None:
+    """The scale that holds where nobody names one: its classes are others."""
+    for words in ("evaluate --work", "preprocess --scale pocket --split validation --out"):
+        assert main([*words.split(), str(tmp_path / "x"), "--data", place.data, "--device", "cpu"]) == 1
+        assert f"machines of scale 'pocket' know PocketScenes, not {place.data}" in capsys.readouterr().err
+    assert not (tmp_path / "x/about.json").exists()
+
+
+def test_a_process_without_work_of_its_own_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More processes than blocks; torchrun would end all with the one that fails."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "5")
+    assert len(evaluate(marked(4), [(Fake([("", 0.2)]).method, 4)], EYES, tmp_path, False, 2)) == 0
 
 
 def test_a_process_that_is_not_the_last(place: SimpleNamespace, tmp_path: Path, capsys, monkeypatch) -> None:

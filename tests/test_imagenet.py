@@ -125,6 +125,15 @@ def test_folders_that_are_laid_out_otherwise(files: list[str], said: str, tmp_pa
         Pictures.from_folder(tmp_path / "none")
 
 
+def test_a_picture_in_the_folder_of_another_class_is_refused(tmp_path: Path) -> None:
+    """As in shards: the WordNet id in its name says what it shows."""
+    for name in ("n01440764/n01440764_18.JPEG", "n01443537/n01440764_19.JPEG"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"-")
+    with pytest.raises(ValueError, match="n01443537/n01440764_19.JPEG is labelled 1, but n01440764 is class 0"):
+        Pictures.from_folder(tmp_path)
+
+
 STRANGE = ["._a.JPEG", ".a.JPEG.Xq1z", "@eaDir/a.JPEG", ".ipynb_checkpoints/a.JPEG", "__MACOSX/a.JPEG", "Thumbs.db"]
 STRANGE += [
     ".DS_Store",
@@ -135,6 +144,7 @@ STRANGE += [
     "notes.txt",
 ]
 OWN = ["_DSC 01.JPEG", "(1).jpg", "-x.Jpg", "Ümläut.jpeg", "#1.png", "[0].webp", "a.b.c.JPEG", "deeper/x.JPEG", "x.bmp"]
+OWN += ["x.jxl", "x.HEIC"]
 
 
 @pytest.mark.parametrize("group", ["n01440764", "n01440764_tench", "n01440764 tench, Tinca tinca"])
@@ -304,6 +314,24 @@ def test_no_picture_is_lost_in_silence(damage: Any, said: str, tmp_path: Path) -
         Pictures.open(str(tmp_path / "a.tar"), "validation", "")
 
 
+@pytest.mark.parametrize("data", [b"", b'[["0", 1, 512', b"{}]", b"7"])
+def test_a_damaged_index_or_list_is_named(data: bytes, folder: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", {"0.jpg": b"-", "0.cls": b"1"})
+    Pictures.from_shards(tmp_path / "a.tar", tmp_path / "kept")
+    (index,) = (tmp_path / "kept").glob("index-*.json")
+    index.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{index.name} .*a shard's index \(delete it\)"):
+        Pictures.from_shards(tmp_path / "a.tar", tmp_path / "kept")
+    index.unlink()
+    assert len(Pictures.from_shards(tmp_path / "a.tar", tmp_path / "kept")) == 1
+    pictures = Pictures.from_folder(folder)
+    pictures.readable(tmp_path / "work")
+    (listed,) = (tmp_path / "work").iterdir()
+    listed.write_bytes(data + b"\nx")
+    with pytest.raises(ValueError, match=rf"{listed.name} does not hold a list of damaged pictures \(delete it"):
+        pictures.readable(tmp_path / "work")
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
 def test_links_in_a_shard_are_refused(kind: bytes, tmp_path: Path) -> None:
     """A picture and its label that are both links would be missed by nobody."""
@@ -388,6 +416,19 @@ def test_streaming(folder: Path, shards: str, tmp_path: Path, kind: str, monkeyp
     fetch = lambda seconds: shutil.copytree(tmp_path / "some", tmp_path / "shared")  # noqa: E731
     monkeypatch.setattr(imagenet.time, "sleep", fetch)
     assert contents(Pictures.from_hub(name, "validation", tmp_path / "shared", 7, seed=3)) == contents(more)
+    slept: list[float] = []
+
+    def wait(seconds: float) -> None:  # the first process fetches one, and is gone
+        slept.append(seconds)
+        if len(slept) == 30:
+            file = next((tmp_path / "some").glob("*/*.img"))
+            (tmp_path / "gone" / file.parent.name).mkdir(parents=True)
+            shutil.copy(file, tmp_path / "gone" / file.parent.name)
+
+    monkeypatch.setattr(imagenet.time, "sleep", wait)
+    with pytest.raises(TimeoutError, match="nothing new in .*gone.* for ten minutes"):
+        Pictures.from_hub(name, "validation", tmp_path / "gone", 7, seed=3)
+    assert sum(slept) == 300 + 600
     monkeypatch.undo()
     monkeypatch.setattr(imagenet, "TOTAL", {"validation": 13})
     with pytest.raises(ValueError, match="fewer pictures than the 13"):

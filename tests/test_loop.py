@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
@@ -177,10 +178,32 @@ def test_other_settings_and_damaged_checkpoints_are_refused(tmp_path: Path, monk
         with pytest.raises(ValueError, match="damaged"):
             run(tmp_path, **usual)
     assert not Path("exploded").exists(), "nothing of a checkpoint is run"
+    state = torch.load(io.BytesIO(whole))
+    for other in ({"modules": {}}, {"optimizer": {"state": {}, "param_groups": []}}, {"step": None, "modules": 7}):
+        torch.save({**state, **other}, tmp_path / "checkpoint.pt")  # such as of a model without adapters
+        with pytest.raises(ValueError, match=r"checkpoint\.pt does not hold a checkpoint of this training"):
+            run(tmp_path, **usual)
+    torch.save({**state, "settings": {"lr": 0.1}}, tmp_path / "checkpoint.pt")
+    run(tmp_path, **usual)  # of an older version, which knew fewer settings
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         monkeypatch.setattr(loop.Accelerator, "distributed_type", kind, raising=False)
         with pytest.raises(ValueError, match=rf"{kind.value}.*MULTI_GPU"):
             run(tmp_path)
+
+
+@pytest.mark.parametrize(("steps", "lost"), [(60, 20), (3, 3)])
+def test_what_is_never_finite_does_not_train_to_the_end(tmp_path: Path, steps: int, lost: int) -> None:
+    """Damaged weights or data: no step would change anything, and the result would be what one began with."""
+    turns: list[int] = []
+
+    def loss(networks: dict) -> loop.Losses:
+        turns.append(1)
+        value, parts = loss_of(networks)
+        return value * (1 if len(turns) % 10 == 0 and len(turns) < 40 else np.nan), parts
+
+    with pytest.raises(FloatingPointError, match=f"in {lost} steps on end"):
+        run(tmp_path, loss=loss, steps=steps, save_every=99)
+    assert len(turns) == (50 if steps == 60 else 3) and not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -199,6 +222,17 @@ def test_probes_measure_and_change_nothing(tmp_path: Path, ema: float) -> None:
     np.testing.assert_allclose(curve["norm"], [float(w.norm()) for w in seen], 1e-4)
     assert torch.equal(seen[-1], trained["net"].linear.weight), "of the average, if that is the result"
     assert equal(trained, run(tmp_path / "other", steps=5, ema=ema)) and not (tmp_path / "other/curve.csv").exists()
+
+
+def test_processes_that_know_nothing_of_each_other_do_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a batch system may start them on GPUs: each would train alone, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(loop, "pick_device", lambda device: torch.device("cuda"))  # on a CPU accelerate waits for all
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, and 1 would train: launch with torchrun"):
+        run(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 TWO = """
@@ -225,6 +259,9 @@ def test_two_processes_train_as_one_that_accumulates_more(tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     sums = [float(path.read_text()) for path in tmp_path.glob("sum?")]
+    with pytest.raises(ValueError, match=r"accumulate \* processes: 4 there, 2 asked for"):
+        run(tmp_path / "two", ema=0.7, accumulate=2)  # alone, half the batch
+    run(tmp_path / "two", ema=0.7, accumulate=4)
     run(tmp_path / "one", ema=0.7, accumulate=4)
     assert len(sums) == 2 and sums[0] == sums[1]
     assert all("1 of 2 processes see" in (tmp_path / f"said{rank}").read_text() for rank in (0, 1)), "nobody waits"

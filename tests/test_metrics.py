@@ -52,7 +52,9 @@ def test_clusters_that_all_agree_are_no_certainty(right: int) -> None:
     assert interval([1, 0] * 8, np.repeat(range(8), 2)) == interval([1, 0] * 8), "at least as wide as Wilson's"
 
 
-@pytest.mark.parametrize("hole", [(math.nan, 50.0), (0.05, math.nan), (math.nan, math.nan), (0.05, math.inf)])
+@pytest.mark.parametrize(
+    "hole", [(math.nan, 50.0), (0.05, math.nan), (math.nan, math.nan), (0.05, math.inf), (0.0, 30.0)]
+)
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_hole_in_a_curve_does_not_hide_the_rest(hole: tuple[float, float], at: int) -> None:
     curve = np.insert(RATES, at, hole[0]), np.insert(ACCURACIES, at, hole[1])

@@ -170,6 +170,14 @@ def test_the_baseline_on_pixels(place: Path, tmp_path: Path, capsys: pytest.Capt
     for out in ("cache", "file"):
         with pytest.raises(ValueError, match="no earlier result"):
             baselines.main(f"{words} --out {tmp_path}/{out}".split())
+    tune = f"{words} --start {tmp_path}/baseline_mse --out {tmp_path}/another".split()
+    np.save(tmp_path / "cache/whole/labels.npy", np.full(6, 1000))
+    with pytest.raises(ValueError, match="labels up to 1000, and a teacher knows 1000 classes"):
+        baselines.main(tune)
+    about = json.loads((tmp_path / "cache/about.json").read_text())
+    (tmp_path / "cache/about.json").write_text(json.dumps(about | {"data": "others"}))
+    with pytest.raises(ValueError, match="data: .* there, others asked for"):
+        baselines.main(f"{words} --out {tmp_path}/baseline_mse".split())
     plain, tuned = (PixelCodec.from_pretrained(tmp_path / f"baseline_{kind}") for kind in ("mse", "task"))
     image = Image.effect_noise((64, 64), 80).convert("RGB")
     assert plain.encode(image, 0.5)[0] != tuned.encode(image, 0.5)[0]

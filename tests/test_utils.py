@@ -63,17 +63,28 @@ def test_a_file_is_written_wholly_or_not_at_all(fault: str, name: str, tmp_path:
     assert file.read_bytes() == b"newer" and os.listdir(tmp_path) == [name]
 
 
-def test_a_disk_that_is_full_in_the_middle(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        ("utils.write_file(sys.argv[1], bytes(1_000_000))", "File too large"),
+        ("with utils.whole_file(sys.argv[1]) as path: torch.save(torch.zeros(10**6), path)", "is its disk full?"),
+    ],
+)
+def test_a_disk_that_is_full_in_the_middle(write: str, said: str, tmp_path: Path) -> None:
     """Really: a limit on the size of files, of which a part gets through."""
-    script = """
-import resource, sys
-from slimlib.utils import write_file
+    script = f"""
+import resource, sys, torch
+from slimlib import utils
+from slimlib.__main__ import in_one_line
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-write_file(sys.argv[1], bytes(1_000_000))
+def main():
+    {write}
+sys.exit(in_one_line("x", main))
 """
     (tmp_path / "a.bin").write_bytes(b"old")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.bin")], capture_output=True, text=True)
-    assert "File too large" in done.stderr and (tmp_path / "a.bin").read_bytes() == b"old"
+    assert said in done.stderr and done.stderr.count("\n") == 1 and (tmp_path / "a.bin").read_bytes() == b"old"
+    assert "a.bin" in done.stderr and "SLIM_TRACEBACK" not in done.stderr
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
@@ -166,6 +177,11 @@ def test_devices_processes_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [torch.device("cuda", 1)] * 2
     with utils.autocast(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu"), "unless it is asked for"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # as scripts of a batch system leave them
+        monkeypatch.setenv(name, "")
+    assert utils.rank_and_world() == (0, 1) and utils.pick_device("cuda") == torch.device("cuda", 0)
+    assert utils.pick_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("WORLD_SIZE", "8")
     for rank in ("8", "-1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(ValueError, match=f"RANK is {rank} and WORLD_SIZE 8.*count from 0"):

@@ -6,7 +6,8 @@
         --start runs/paper/baseline_mse
 
 With --start it is tuned on for the answers of the scale's teachers. `slim evaluate` measures both where they lie beside
-the scale's compressor under these names. Several processes (torchrun) may share the work; a stopped run goes on.
+the scale's compressor under these names. Several processes may share the work (torchrun --nproc_per_node 8 --
+assets/paper/baselines.py ...: without the "--" it would take --start for its own); a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -61,12 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.start:
         config: Stage1Config = Stage2Config(steps=options.steps or 3000, a=0.0, drop_caption=0.0, **common)
         teachers = [load_machine(name, device) for name in Scale.from_name(options.scale).teachers]
+        if (top := cache.labels.max()) >= (known := min(len(one.classes) for one in teachers)):
+            raise ValueError(f"{options.cache} has labels up to {top}, and a teacher knows {known} classes")
         codec = PixelCodec.from_pretrained(options.start)
     else:
         config, teachers, codec = Stage1Config(steps=options.steps or 8000, **common), [], new_pixel_codec()
     torch.manual_seed(config.seed)
     model = codec.compressor.to(device)
     limits = {"progress": not options.quiet, "max_seconds": options.max_seconds, "device": device}
+    limits["settings"] = {name: cache.about.get(name) for name in ("data", "protocol")}  # what the checkpoint is of
     loss_of = pixel_loss(model, cache, teachers, config, device)
     fit(config, {"model": model}, loss_of, work, groups=parameter_groups(model), **limits)
     done = torch.load(work / "checkpoint.pt", weights_only=True, mmap=True)["step"]

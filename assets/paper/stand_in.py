@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import string
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from timm.models import save_for_hf
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
+from slimlib.__main__ import in_one_line
 from slimlib.caption import CAPTION_PRIOR, CaptionPrior
 from slimlib.data.train import write_card
 from slimlib.measure.costs import build, published
@@ -142,10 +144,16 @@ def _blip_words(folder: Path, config: dict[str, Any]) -> None:
     BlipProcessor(image_processor=pixels, tokenizer=tokenizer).save_pretrained(folder)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Write what the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a few megabytes")
     parser.add_argument("--family", choices=("sd21", "sd15"), default="sd21")
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
     print(write(**vars(parser.parse_args())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(in_one_line("stand_in.py", main))

@@ -50,7 +50,7 @@ from slimlib.measure.methods import CLASSIC_NAMES, QUALITIES, Method, classic, c
 from slimlib.roi import gradcam, latent_mask
 from slimlib.scales import Scale
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
-from slimlib.utils import describe_device, pick_device, quiet_libraries, write_file
+from slimlib.utils import Within, describe_device, pick_device, quiet_libraries, write_file
 
 ON_DISK = 7.0
 """GB that a stand-in of the full size takes on disk."""
@@ -291,7 +291,14 @@ def main(arguments: list[str] | None = None) -> int:
     two.add_argument("scale", nargs="?", help="paper, or a folder of models (default: a stand-in, removed afterwards)")
     two.add_argument("--tiny", action="store_true", help="without a scale: small networks, to see that it runs")
     two.add_argument("--sizes", type=int, nargs="+", default=[256, 512], help="of pictures (default: 256 512)")
-    two.add_argument("--batch", type=int, default=4, help="pictures at a time (default: %(default)s)")
+    two.add_argument(
+        "--batch",
+        type=int,
+        default=4,
+        choices=Within((1, 10**6)),
+        metavar="N",
+        help="pictures at a time (default: %(default)s)",
+    )
     two.add_argument("--compile", action="store_true", help="torch.compile, too")
     two.add_argument("--device", help="cpu, cuda, ... (default: the best at hand)")
     two.add_argument("--out", type=Path, help="a CSV file")

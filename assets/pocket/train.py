@@ -116,6 +116,7 @@ class Run:
         self.work, self.cached = options.work / "pocket" / name, options.work / "cache"
         self.limits: Any = {"resume": options.resume, "progress": not options.quiet, "device": self.device}
         self.limits["max_seconds"] = options.max_seconds
+        self.data = {"pool": options.pool}  # a checkpoint goes on with the scenes that it began with
         set_seed(self.config.seed)  # alone or in a row, each starts from the same seed
 
     def scenes(self, split: str, ldm: LatentDiffusion | None = None) -> Cache:
@@ -154,7 +155,7 @@ class Run:
         def loss_of_batch(_: dict[str, nn.Module]) -> Losses:
             return loss_of(np.random.default_rng(torch.initial_seed()))
 
-        fit(self.config, modules, loss_of_batch, self.work, **more, **self.limits)
+        fit(self.config, modules, loss_of_batch, self.work, settings=self.data, **more, **self.limits)
 
     def publish(self, save: Callable[[Path], Any], measure: Callable[[], dict[str, Any]], **facts: Any) -> None:
         """Once trained to the end: store the model in its folder, measure it, write its card. One process does that."""
@@ -514,11 +515,15 @@ def train_compressor(run: Run) -> None:
             walks = [[quality, t0, min(steps, 1), 1.0] for quality, t0, steps, _ in model.config.walks]
             model.config = replace(model.config, walks=walks)
         data = cache.latents, cache.masks, cache.labels, cache.captions, ldm, list(run.teachers.values())
-        training.train_stage2(run.config, *data, run.work, model, cache.images, probe=probe, **run.limits)
+        training.train_stage2(
+            run.config, *data, run.work, model, cache.images, probe=probe, settings=run.data, **run.limits
+        )
     else:  # one latent in nine is of a plain photograph, without a region
         both = cache, run.scenes("plain", ldm)
         latents, masks = (np.concatenate([getattr(of, name) for of in both]) for name in ("latents", "masks"))
-        model = training.train_stage1(run.config, latents, masks, run.work, model, probe=probe, **run.limits)
+        model = training.train_stage1(
+            run.config, latents, masks, run.work, model, probe=probe, settings=run.data, **run.limits
+        )
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -739,7 +744,10 @@ def changed(config: FitConfig, options: Options) -> dict[str, Any]:
         if name not in asdict(config):
             raise ValueError(f"--set {assignment}: expected NAME=VALUE, with one of {', '.join(asdict(config))}")
         kind = type(getattr(config, name))
-        given[name] = text if kind is str else kind(float(text))
+        try:
+            given[name] = text if kind is str else kind(float(text))
+        except ValueError as error:
+            raise ValueError(f"--set {assignment}: expected a number, and 0 or 1 for a switch") from error
     return given
 
 

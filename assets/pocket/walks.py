@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import cards
@@ -21,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 from train import TEACHERS, pocket_cache
 
+from slimlib.__main__ import in_one_line
 from slimlib.caption import Captioner
 from slimlib.compressor import LatentCompressor
 from slimlib.data.cache import Cache
@@ -76,7 +78,8 @@ def choose(table: pd.DataFrame) -> list[list[float]]:
     return walks
 
 
-def main() -> None:
+def main() -> int:
+    """Choose, and write what was chosen; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compressors", nargs="+", help="folders under --out")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the models")
@@ -94,7 +97,8 @@ def main() -> None:
         write_file(folder / "walks.csv", table.to_csv(index=False, float_format="%.5g").encode())
         write_file(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
         print(name, config["walks"])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line("walks.py", main))

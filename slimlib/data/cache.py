@@ -8,7 +8,7 @@ Examples:
   slim preprocess --data /data/imagenet --out runs/paper/train
   slim preprocess --data '/data/shards/imagenet1k-train-*.tar' --out runs/paper/train
   slim preprocess --data pocket --scale pocket --n 16368 --out runs/pocket/train
-  torchrun --nproc_per_node 8 -m slimlib preprocess ...           eight processes here, a GPU each
+  torchrun --nproc_per_node 8 -m -- slimlib preprocess ...        eight processes here, a GPU each
   RANK=3 WORLD_SIZE=8 slim preprocess ...                         the fourth of eight, on any machine
 """
 
@@ -32,13 +32,14 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
 from slimlib.caption import Captioner
+from slimlib.compressor import CompressorConfig
 from slimlib.data.imagenet import ImageNetScenes, Pictures, Unreadable
-from slimlib.data.scenes import PocketScenes, Scene
-from slimlib.images import to_images, to_tensor
+from slimlib.data.scenes import CLASSES, PocketScenes, Scene
+from slimlib.images import check_finite, to_images, to_tensor
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import Machine, load_machine
 from slimlib.roi import gradcam, latent_mask, roi_crop
-from slimlib.scales import Scale, load_plain, load_pretrained
+from slimlib.scales import Scale, load_plain, load_pretrained, reading
 from slimlib.utils import Device, digest, option, pick_device, quiet_libraries, rank_and_world, write_file
 
 
@@ -87,14 +88,16 @@ class Cache:
         folder = Path(folder)
         if not (folder / "about.json").exists():
             raise FileNotFoundError(f"{folder} holds no cache; make one with `slim preprocess`")
-        about, whole = json.loads((folder / "about.json").read_text()), folder / "whole"
+        with reading(folder / "about.json", "a cache's settings (delete it, and give the command that made it again)"):
+            about, whole = {**json.loads((folder / "about.json").read_text())}, folder / "whole"
         if not whole.is_dir():
             missing = len(_missing(folder, about))
             raise FileNotFoundError(f"{folder}: {missing} blocks are missing; the command that began it will go on")
-        words = json.loads((whole / "words.json").read_text())
-        files = {name: whole / f"{name}.npy" for name in ("latents", "masks", "labels", "boxes", "images")}
-        arrays = {name: np.load(path, mmap_mode="r") for name, path in files.items() if path.exists()}
-        return cls(**{"latents": None, "images": None, **arrays, **words, "about": about})
+        with reading(whole, "a cache's arrays (delete this folder, and the command that made it joins them anew)"):
+            words = json.loads((whole / "words.json").read_text())
+            files = {name: whole / f"{name}.npy" for name in ("latents", "masks", "labels", "boxes", "images")}
+            arrays = {name: np.load(path, mmap_mode="r") for name, path in files.items() if path.exists()}
+            return cls(**{"latents": None, "images": None, **arrays, **words, "about": about})
 
 
 def fill(
@@ -158,7 +161,8 @@ def fill(
         found |= {"captions": np.array(captions, object), "places": np.array([scene.place for scene in some], object)}
         found["boxes"] = np.stack([scene.box for scene in some])
         if ldm:
-            found["latents"] = ldm.encode(x).to("cpu", torch.float16).numpy()
+            check_finite(z := ldm.encode(x).to("cpu", torch.float16), "the latent")
+            found["latents"] = z.numpy()
         if keep_images:
             found["images"] = (x * 255).round().byte().numpy()
         return found
@@ -186,9 +190,9 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     path = out / "about.json"
     if not path.exists():
         write_file(path, (json.dumps(about, indent=1) + "\n").encode())
-    there = json.loads(path.read_text())
-    keys = [key for key in {**there, **about} if there.get(key) != about.get(key) and key != "unreadable"]
-    if keys:
+    with reading(path, "a cache's settings (delete it)"):
+        there = {**json.loads(path.read_text())}
+    if keys := [key for key in {**there, **about} if there.get(key) != about.get(key) and key != "unreadable"]:
         differing = "; ".join(f"{key}: {there.get(key)} there, {about.get(key)} asked for" for key in keys)
         raise ValueError(f"{out} was begun with other settings ({differing}). Use another folder.")
 
@@ -282,6 +286,8 @@ def command(options: Options) -> int:
     about: dict[str, Any] = {"size": scale.size, "models": [scale.ldm]}
     given: dict[str, Any] = {"ldm": LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device)}
     about["vae"] = digest(given["ldm"].vae).hex()[:8]
+    if scale.size % (unit := CompressorConfig().multiple * given["ldm"].factor):  # training would refuse the latents
+        raise ValueError(f"--scale {scale.name},size={scale.size}: expected a multiple of {unit} pixels to train on")
     if options.data == "pocket":
         split = "train" if options.split == "train" else "val"
         scenes: Any = PocketScenes(split, scale.size, options.seed, options.n)
@@ -292,6 +298,8 @@ def command(options: Options) -> int:
         about |= {"data": pictures.fingerprint(), "protocol": options.protocol}
         about["models"] += [scale.machine_a, scale.captioner]
         given["machine"] = load_machine(scale.machine_a, device)
+        if given["machine"].classes == CLASSES:
+            raise ValueError(f"the machines of scale {scale.name!r} know PocketScenes, not {options.data}")
         given["captioner"] = Captioner.from_pretrained(scale.captioner, device=device)
         if options.roi == "clipseg":
             about["models"].append(options.clipseg)

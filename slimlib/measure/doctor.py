@@ -13,6 +13,7 @@ Examples:
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import tempfile
 import warnings
@@ -91,8 +92,7 @@ def examine(
         "stream": (partial(_stream, steps=steps), "diffusion model", "compressor", "pictures"),
     }
     for name, (work, *needs) in checks.items():
-        missing = " and ".join(repr(need) for need in needs if need not in found)
-        if missing:
+        if missing := " and ".join(repr(need) for need in needs if need not in found):
             yield Check(name, "skip", f"needs the check {missing} to pass")
             continue
         try:
@@ -136,11 +136,15 @@ def _device(where: torch.device) -> str:
 
 
 def free_memory() -> float:
-    """GB that this process can still take: of the machine, or of the container (cgroup) that it runs in."""
-    free = [psutil.virtual_memory().available]
-    with suppress(OSError, ValueError):  # no such files, or "max", which is no limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free.append(limit - used)
+    """GB that this process can still take: of the machine, or of the container or the job (cgroups) that it runs in."""
+    free, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
+    with suppress(OSError, LookupError):
+        group /= re.findall("(?m)^0::/(.*)", Path("/proc/self/cgroup").read_text())[0]
+    for place in (group, *group.parents):
+        with suppress(OSError, ValueError, LookupError):  # no such files, or "max", which is no limit
+            limit, used = (int((place / f"memory.{name}").read_text()) for name in ("max", "current"))
+            free.append(limit - used)
+            free[-1] += int((place / "memory.stat").read_text().split("inactive_file ")[1].split()[0])  # gives way
     return min(free) / 1e9
 
 

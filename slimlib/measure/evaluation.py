@@ -8,7 +8,7 @@ pictures has a folder of its own.
 Examples:
   slim evaluate --scenes 65 --only SLIM WebP
   slim evaluate --scale paper --data /data/imagenet --scenes 1000 --variants all --out runs/imagenet/results/crop-256
-  torchrun --nproc_per_node 8 -m slimlib evaluate --scale paper --data /data/imagenet --scenes 50000 --bf16
+  torchrun --nproc_per_node 8 -m -- slimlib evaluate --scale paper --data /data/imagenet --scenes 50000 --bf16
   slim evaluate --scale paper ... --only JPEG WebP AVIF "JPEG XL" "JPEG 2000" &      (they need processor cores, the
       others a GPU: both at once, into one --work; the same command without --only joins them)
   slim evaluate --reproduce     (all that assets/results holds; hours on one core)
@@ -22,6 +22,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -42,13 +43,13 @@ from tqdm.auto import tqdm
 
 from slimlib.compressor import LatentCompressor
 from slimlib.data.imagenet import AsPublished, ImageNetScenes, open_scenes
-from slimlib.data.scenes import PocketScenes, Scene
+from slimlib.data.scenes import CLASSES, PocketScenes, Scene
 from slimlib.ldm import LatentDiffusion, last
 from slimlib.measure import methods
 from slimlib.measure.baselines import PixelCodec
 from slimlib.measure.methods import QUALITIES, VARIANTS, Method, find
 from slimlib.measure.metrics import clusters_of, compare, interval
-from slimlib.scales import ASSETS, Scale
+from slimlib.scales import ASSETS, Scale, reading
 from slimlib.utils import describe_device, evaluating, option, pick_device, quiet_libraries, rank_and_world, write_file
 
 RESULTS = ASSETS / "results"  # where the shipped tables lie
@@ -90,9 +91,18 @@ class Options:
 
 def command(options: Options) -> int:
     """`slim evaluate`; returns the exit status."""
+    out = options.out or (RESULTS if options.reproduce and not options.only else None)  # shipped whole or not at all
+    for folder in filter(None, (options.work, out)):
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise ValueError(f"{place} is no folder that may be written in: name another one in --out or --work")
     quiet_libraries()
     scale, device = Scale.from_name(options.scale), pick_device(options.device)
     machines = methods.open_machines(scale, device)
+    if options.data not in ("", "pocket") and machines["a"].classes == CLASSES:
+        raise ValueError(
+            f"the machines of scale {scale.name!r} know PocketScenes, not {options.data}: say --scale paper"
+        )
     draw = (max(options.counts()), options.data, options.protocol, options.seed)
     scenes, lost = open_scenes(scale, options.split, *draw, machines["a"]), 0
     if isinstance(scenes, ImageNetScenes):
@@ -114,7 +124,6 @@ def command(options: Options) -> int:
     seen = table.filter(regex="^(top1|found)_[a-z0-9]+(_unseen)?$")
     shown = [*SETTING, "scenes", "bpp", *seen, "roi_psnr", "background_psnr"]
     print(table[shown].to_string(index=False, float_format="%.4g"))
-    out = options.out or (RESULTS if options.reproduce and not options.only else None)  # shipped whole or not at all
     if out:
         names = repr(scale).replace(f"{ASSETS.parent}/", "")
         about = {"command": f"slim {shlex.join(sys.argv[1:])}", "scale": names, "bf16": options.bf16}
@@ -142,8 +151,7 @@ def all_jobs(options: Options, scale: Scale, scenes: Sequence[Scene], machine: A
     folders |= {f"SLIM, {name.removeprefix('compressor_')}": name for name in others}  # such as other seeds of training
     there = {name: home / sub for name, sub in folders.items() if (home / sub / "config.json").exists()}
     names = ["uncompressed", *WORDS, *there, *methods.CLASSIC_NAMES.values()]
-    strange = {*options.only} - {*names} | {*options.variants} - {*VARIANTS, "all"}
-    if strange:
+    if strange := {*options.only} - {*names} | {*options.variants} - {*VARIANTS, "all"}:
         known = f"{', '.join(names)}; and of variants: all, {', '.join(filter(None, VARIANTS))}"
         raise ValueError(f"there is no {', '.join(sorted(strange))}; of methods there are: {known}")
     asked, only, qualities = options.variants or ["all"], options.only or names, [*dict.fromkeys(options.qualities)]
@@ -225,16 +233,16 @@ def evaluate(
         """The file of a block, and what is known of it: results by variant and quality."""
         folder = f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{key or 'any'}"
         path = Path(store or "") / folder / f"{block * batch:06d}+{batch}.csv"
-        tables = [read_table(path)] if store and path.exists() else []
-        return path, {setting: of for table in tables for setting, of in table.groupby(SETTING[1:], sort=False)}
+        with reading(path, "results (delete it, and they are measured again)"):
+            tables = [read_table(path)] if store and path.exists() else []
+            return path, {setting: of for table in tables for setting, of in table.groupby(SETTING[1:], sort=False)}
 
-    most = max(count for _, count in jobs)
-    if most > len(scenes):
+    if (most := max(count for _, count in jobs)) > len(scenes):
         raise ValueError(f"{most} scenes were asked for, and there are {len(scenes)}")
     blocks, (rank, world) = range(-(-most // batch)), rank_and_world() if store else (0, 1)
     mine = [(block, *job) for block in blocks[rank::world] for job in jobs if block * batch < job[1]]
     bar = tqdm(total=sum(len(m.settings) for _, m, _ in mine), disable=not progress, unit="setting", mininterval=5)
-    shared, seen_by = None, {_column(name) for name in machines}
+    shared, seen_by = None, {"label", "seen", *map(_column, machines)}
     for block, method, count in mine:
         indices = list(range(block * batch, min((block + 1) * batch, count)))
         path, done = fetch(method.name, method.key, block)
@@ -252,7 +260,8 @@ def evaluate(
     bar.close()
     wanted = [(method, setting, count) for method, count in jobs for setting in method.settings]
     found = [(fetch(m.name, m.key, block)[1].get(setting), n) for m, setting, n in wanted for block in blocks]
-    return pd.concat([rows[rows.scene < n] for rows, n in found if rows is not None], ignore_index=True)
+    parts = [rows[rows.scene < n] for rows, n in found if rows is not None]  # none yet, where others are at work
+    return pd.concat(parts or [pd.DataFrame()], ignore_index=True)
 
 
 def _look(

@@ -154,13 +154,14 @@ def slim(
         spent = pd.DataFrame([report.bits for report in reports]) / 8
         spent["size"] = [report.size for report in reports]
         spent["payload"] = spent["size"] - spent["header"]
-        spent["roi_bits"] = [_inside(r.bit_map, scene) for r, scene in zip(reports, batch.scenes, strict=True)]
+        spent["roi_bits"] = [_inside(r.bit_map, scene, codec) for r, scene in zip(reports, batch.scenes, strict=True)]
         alone = copy.copy(codec)
         alone.exact = True
         for i in range(0 if variant else min(len(files), timed - batch.indices[0])):  # the first scenes of all
             stream, spent.loc[i, "encode_ms"] = clocked(alone.compress, batch.images[i], quality)
             _, spent.loc[i, "decode_ms"] = clocked(alone.decompress, stream)
-        return to_tensor(to_images(codec.ldm.decode(last(walk, z_hat)))), spent
+        x_hat = codec.ldm.decode(last(walk, z_hat))[..., : batch.x.shape[2], : batch.x.shape[3]]  # as large as it was
+        return to_tensor(to_images(x_hat)), spent
 
     settings = [(variant, q) for variant in variants for q in (qualities if VARIANTS[variant].latent else (0.0,))]
     return Method(name, key, settings, run, codec)
@@ -175,7 +176,7 @@ def pixels(name: str, codec: PixelCodec, qualities: Sequence[float] = QUALITIES,
             (data, bits), encode_ms = clocked(codec.encode, scene.image, quality)
             picture, decode_ms = clocked(codec.decompress, data)
             hyper, latent = (float(bits[part].sum()) / 8 for part in "hy")
-            inside = _inside(bits["y"].sum(0).numpy(), scene)
+            inside = _inside(bits["y"].sum(0).numpy(), scene, codec)
             spent.append((len(data), len(unpack(data)[1]), 0, hyper, latent, inside, encode_ms, decode_ms))
             pictures.append(picture)
         return to_tensor(pictures), pd.DataFrame(spent, columns=SPENT)
@@ -249,6 +250,9 @@ def open_machines(scale: Scale, device: str | torch.device | None = None, publis
     """The machines of a scale by their names, such as "a" and "b"; `published`: they look as their makers did."""
     names = {name: getattr(scale, f"machine_{name}") for name in MACHINES}
     machines: dict[str, Any] = {name: load_machine(place, device) for name, place in names.items() if place}
+    first, *others = (one.classes for name, one in machines.items() if name != "d")  # which says where, not what
+    if any(classes != first and sorted(classes) == sorted(first) or len(classes) != len(first) for classes in others):
+        raise ValueError(f"the machines of {scale.name!r} do not count the same classes in one order: {names}")
     return {name: AsPublished(one) for name, one in machines.items()} if published else machines
 
 
@@ -361,6 +365,8 @@ def measure_times(codec: SlimCodec, scenes: Sequence[Scene], quality: float = 0.
     return pd.DataFrame([*lines, ("peak memory of the process", peak, "MB")], columns=["what", "value", "unit"])
 
 
-def _inside(bit_map: np.ndarray, scene: Scene) -> float:
-    """Share of the bits of a map (rows, columns) that lie inside the region of interest, by area of each cell."""
-    return float((bit_map * scene.mask(*bit_map.shape)).sum()) / max(float(bit_map.sum()), 1e-9)
+def _inside(bit_map: np.ndarray, scene: Scene, codec: SlimCodec | PixelCodec) -> float:
+    """Share of the bits of a map (rows, columns) inside the region, by area of each cell; edges are padded as coded."""
+    over = np.multiply(bit_map.shape, codec.compressor.config.factor * 2**codec.compressor.config.stages)
+    matte = np.pad(scene.matte, [(0, n) for n in over - scene.matte.shape], "edge")
+    return float((bit_map * replace(scene, matte=matte).mask(*bit_map.shape)).sum()) / max(float(bit_map.sum()), 1e-9)

@@ -70,10 +70,10 @@ def clusters_of(results: pd.DataFrame) -> pd.Series:
 def frontier(rates: Sequence[float] | np.ndarray, accuracies: Sequence[float] | np.ndarray) -> np.ndarray:
     """The points that no other point beats, (2, n), rate and accuracy strictly rising: what the deltas are taken of.
 
-    Points without a rate or an accuracy (NaN) do not count.
+    Points without a rate or an accuracy (NaN, or a rate of 0) do not count.
     """
     points = np.array([rates, accuracies], float)
-    points = points[:, np.isfinite(points).all(0)]
+    points = points[:, np.isfinite(points).all(0) & (points[0] > 0)]
     points = points[:, np.lexsort((-points[1], points[0]))]  # of equal rates the most accurate first: the others go
     return points[:, np.diff(np.maximum.accumulate(np.r_[-np.inf, points[1]])) > 0]
 
