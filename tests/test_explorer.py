@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import os
@@ -291,6 +292,37 @@ def test_a_job_that_fails_tells_and_the_next_one_runs() -> None:
     assert seen[0] == 1 and isinstance(seen[1], ValueError) and seen[2] == 2
 
 
+def test_what_a_job_interrupted_goes_on_where_it_fails_at_once() -> None:
+    """To the end, and nothing of it is lost, also if it had not begun; but not if the newer one said something."""
+    seen: list[tuple[int, Any]] = []
+    started, go = threading.Event(), threading.Event()
+    worker = Newest(lambda number, result: seen.append((number, result)))
+
+    def slow() -> Iterator[int]:
+        yield 1
+        started.set()
+        go.wait(10)
+        yield from (2, 3)
+
+    def bad(said: int = 0) -> Iterator[int]:
+        yield from range(said)
+        raise ValueError("no")
+
+    worker.submit(slow)
+    assert started.wait(10)
+    worker.submit(bad)
+    go.set()
+    assert worker.wait(10)
+    assert [str(result) for _, result in seen] == ["1", "no", "2", "3"] and {number for number, _ in seen[1:]} == {2}
+    for said, expected in ((0, ["no", "7"]), (1, ["0", "no"])):
+        seen.clear(), go.clear()
+        worker.submit(lambda: iter([go.wait(10)] * 0))
+        worker.submit(lambda: iter([7]))
+        worker.submit(lambda said=said: bad(said))
+        go.set()
+        assert worker.wait(10) and [str(result) for _, result in seen] == expected
+
+
 # ---- the widgets, moved by code
 
 
@@ -383,6 +415,108 @@ def test_uploads_good_and_bad(page: Page) -> None:
     assert page.wait() and page.view.report.width == 128 and page.photo is None and page.settings.scene == 43
 
 
+@contextlib.contextmanager
+def hurried(page: Page) -> Iterator[None]:
+    """Several moves at once: the worker is busy meanwhile, and then answers."""
+    go = threading.Event()
+    page._worker.submit(lambda: iter([go.wait(10)] * 0))
+    yield
+    go.set()
+    assert page.wait()
+
+
+def test_a_photograph_is_not_lost_by_a_quick_move(page: Page) -> None:
+    for name, value in (("size", 128), ("caption", "none")):
+        page.follow("")
+        with hurried(page):
+            upload(page.camera, f"{name}.png", file_of(picture(60, 40, seed=len(name))))
+            page.controls[name].value = value
+        assert page.facts.shown["title"] == f"{name}.png" and page.view.settings == page.settings, "and the move counts"
+        assert getattr(page.settings, name) == (value if name != "caption" else "")
+    for leave in (lambda: page._said(page.scenes, {"scene": 43}, []), lambda: page.follow("scene=43")):
+        with hurried(page):  # but who chooses a scene has changed their mind
+            upload(page.camera, "late.png", file_of(picture(60, 40)))
+            leave()
+        assert page.facts.shown["title"] == "a red fox" and page.photo is None
+        move(page, size=256)
+        assert page.facts.shown["title"] == "a red fox"
+
+
+BAD = {"camera": ("bad.png", b"words", "bad.png cannot be opened"), "opener": ("bad.slim", b"Sx", "stream is cut")}
+
+
+@pytest.mark.parametrize("control", BAD)
+def test_a_bad_upload_leaves_nothing_unfinished(page: Page, control: str) -> None:
+    """What was asked just before is answered all the same, and the message stays."""
+    name, data, said = BAD[control]
+    page.follow("scene=9")
+    assert page.wait()
+    with hurried(page):
+        upload(page.camera, "good.png", file_of(picture(60, 40)))
+        upload(getattr(page, control), name, data)
+    assert page.facts.shown["title"] == "good.png" and said in page.picture.said and not page.picture.doing
+    page.follow("scene=9")
+    with hurried(page):
+        page.controls["size"].value = 128
+        upload(getattr(page, control), name, data)
+    assert page.view.settings.size == 128 and said in page.picture.said
+    assert page.view.done and all(row["seen"] for row in page.facts.shown["rows"]), "no row waits for ever"
+    with hurried(page):
+        upload(getattr(page, control), name, data)
+        page.controls["size"].value = 192
+    assert page.view.settings == page.settings and page.settings.size == 192 and page.view.done
+    move(page, over="error", left="WebP")
+    assert control == "opener" or said in page.picture.said, "until there is another answer"
+
+
+@pytest.mark.parametrize("chosen", ["pinned", "before the UNet"])
+@pytest.mark.parametrize("other", ["photograph", "scene", "file"])
+def test_a_pin_goes_with_its_picture(page: Page, other: str, chosen: str) -> None:
+    """Controls, table, picture and address agree: it is no choice any more, nor in a link to what came after."""
+    page.follow("")
+    assert page.wait()
+    codec = page.explorer.codec("stage 1")
+    if other == "file":  # a pin of one file is none of another, of another size
+        upload(page.opener, "a.slim", codec.compress(picture(40, 30), caption=None))
+        assert page.wait()
+    page._pin(None)
+    page.controls["left"].value = chosen
+    assert (page.settings.scene, f"left={chosen.split()[0]}" in page.picture.query) == (43, True)
+    if other == "scene":
+        page._said(page.scenes, {"scene": 9}, [])
+    elif other == "file":
+        upload(page.opener, "b.slim", codec.compress(picture(90, 30), caption=None))
+    else:
+        upload(page.camera, "a.png", file_of(picture(60, 40)))
+    assert page.wait() and "pinned" not in page.controls["left"].options and "pinned" not in table(page)
+    kept = "before the UNet" if chosen != "pinned" else "original"
+    left = page.picture.shown["left"]
+    assert page.controls["left"].value == kept and (left["name"] == kept if left else other == "file")
+    assert "pinned" not in page.picture.query
+    page.follow("left=pinned")
+    assert "left=original" in page.picture.query
+
+
+def test_a_pin_of_what_is_not_finished_is_finished_later(page: Page) -> None:
+    page.follow("")
+    assert page.wait()
+    started, deliver = threading.Event(), page._deliver
+
+    def pins(number: int, result: Any) -> None:
+        deliver(number, result)
+        if isinstance(result, engine.View) and not result.done and not started.is_set():
+            started.set()
+            page._pin(None)
+
+    page._worker._deliver = pins
+    try:
+        move(page, size=512)
+    finally:
+        page._worker._deliver = page._post
+    row, slim = table(page)["pinned"], table(page)["SLIM"]
+    assert started.is_set() and row["seen"] and row == slim | {"name": "pinned"}
+
+
 def test_an_imagenet_network_looks_at_photographs_alone(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     machines = page.explorer.machines
     monkeypatch.setattr(page.explorer, "photo_machines", machines | {"T": machines["A"]})
@@ -442,6 +576,17 @@ def test_save_and_open_again(page: Page) -> None:
     assert not any(control.disabled for control in page.controls.values())
 
 
+def test_files_of_any_length_and_any_number_of_steps(page: Page) -> None:
+    codec = page.explorer.codec("stage 1")
+    long = codec.compress(picture(40, 30), 0.5, None, steps=50, t0=300)
+    upload(page.opener, "fifty.slim", long)
+    assert page.wait() and page.settings.steps == page.view.report.steps == 50, "the control shows what the file says"
+    upload(page.opener, "short.slim", codec.compress(picture(40, 30), 0.5, None, steps=2))
+    assert page.wait() and page.settings.steps == 2 and page.view.source is None and not page.picture.doing
+    for side, kind in ((1 << 14, "png"), ((1 << 14) - 1, "webp")):  # which holds 16383 pixels a side
+        assert engine.data_url(Image.new("RGB", (side, 1))).startswith(f"data:image/{kind};base64,")
+
+
 def test_links(page: Page, models: Explorer) -> None:
     page.follow("")
     assert page.wait() and page.settings == Settings(size=64)
@@ -451,6 +596,9 @@ def test_links(page: Page, models: Explorer) -> None:
     assert linked.settings == page.settings == linked.view.settings and linked.picture.shown == page.picture.shown
     linked.follow("size=100&odd=1&left=odd&weights=stage+9&scene=x&caption=none")
     assert linked.wait() and linked.settings == Settings(size=64, caption="")
+    for odd in ("auto=odd", "scene=99999", "scene=-1", "seed=-5", "seed=4294967296", "steps=1000&t0=-3", "t0=5000"):
+        linked.follow(odd)
+        assert linked.settings == Settings(size=64) and odd not in linked.picture.query, "what cannot be is left out"
     sent: list[Any] = []
     widget = SimpleNamespace(send=sent.append)
     page._said(widget, {"query": "scene=14"}, [])
@@ -474,6 +622,14 @@ def test_command(models: Explorer, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     time_explorer.main(2, Page(models))
     said = capsys.readouterr().out
     assert said.startswith("2 moves") and "finished picture: median" in said
+
+
+def test_a_folder_is_refused_before_the_static_page_takes_its_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("slimlib.explorer.static.Explorer", None)
+    assert main(["explore", "--static", str(tmp_path)]) == 1
+    assert f"{tmp_path} is a folder; name the file to write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["--port 99999", "--port 0"])

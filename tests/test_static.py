@@ -121,6 +121,35 @@ def test_choices_change_what_is_seen_and_the_address_and_back_undoes_them(page: 
     assert page.get_by_label("the right one").is_checked()
     opened(page, scene=99, step="x", left="nonsense", odd=1)
     assert page.get_by_label("original", exact=True).is_checked(), "what is unknown counts for nothing"
+    for pin in ("", "9 right", "0 odd"):
+        opened(page, left="pin1", pin1=pin)
+        assert page.get_by_label("original", exact=True).is_checked() and "left" not in page.url, (
+            "a pin that is not there"
+        )
+    opened(page, left="pin2", pin2="1 wrong")
+    assert page.get_by_label("pin 2").is_checked() and "pinned 2" in page.locator("#view .tag").first.inner_text()
+
+
+SLOW = """() => { // two pictures are chosen at once, and the first takes longer to load
+  const { set } = Object.getOwnPropertyDescriptor(HTMLElement.prototype, "onload");
+  let wait = 400;
+  Object.defineProperty(HTMLImageElement.prototype, "onload", { configurable: true, set(done) {
+    const ms = wait;
+    wait = 0;
+    set.call(this, () => setTimeout(done, ms));
+  } });
+  sprites.fill(null);
+  change({ scene: 0 });
+  change({ scene: 1 });
+}"""
+
+
+def test_two_pictures_chosen_quickly_are_not_mixed(page: Any) -> None:
+    opened(page)
+    page.evaluate(SLOW)
+    page.wait_for_timeout(900)
+    assert page.get_by_label("picture 2").get_attribute("aria-pressed") == "true"
+    assert page.evaluate("DATA.scenes[1].name") in page.inner_text("#told .summary"), "of the second, as the picture"
 
 
 def test_a_copied_link_brings_the_same_back(page: Any) -> None:

@@ -116,7 +116,6 @@ class Explorer:
         """
         self.folder = Path(folder)
         self._codecs: dict[str, SlimCodec] = {}
-        self._sources: dict[int, Source] = {}
         self.weights = [name for name, method in WEIGHTS.items() if (self.folder / SLIM_FOLDERS[method]).is_dir()]
         pixels = [(name, home) for name, sub in PIXEL_FOLDERS.items() if (home := self.folder / sub).is_dir()]
         self.pixel_codecs = {name: PixelCodec.from_pretrained(home, "cpu") for name, home in pixels}
@@ -128,6 +127,7 @@ class Explorer:
             later = functools.cache(lambda: photo_machine(first.ldm.device))
             self.photo_machines["T"] = SimpleNamespace(top5=lambda image: later().top5(image))
         self.scenes = PocketScenes("test", scale.size)
+        self.scene = functools.cache(self.scene)  # type: ignore[method-assign]  # as long as the page
         self._trial = functools.lru_cache(1024)(self.compress)  # the search for a size begins alike for all sizes
         self._rival = functools.lru_cache(256)(self._rival)  # type: ignore[method-assign]  # most moves keep the size
 
@@ -135,10 +135,8 @@ class Explorer:
 
     def scene(self, index: int) -> Source:
         """A test scene. Raises IndexError if there is none of that number."""
-        if index not in self._sources:
-            one = self.scenes[index]
-            self._sources[index] = self._source(f"{index}: {one.noun}", one.image, one.matte, CLASSES[one.label])
-        return self._sources[index]
+        one = self.scenes[index]
+        return self._source(f"{index}: {one.noun}", one.image, one.matte, CLASSES[one.label])
 
     def photo(self, data: bytes, name: str) -> Source:
         """A photograph from the bytes of its file. Raises ValueError, in words to show, if it is none."""
@@ -247,9 +245,7 @@ stream = codec.compress({image}, {", ".join(f"{name}={value!r}" for name, value 
         scene = bool(source and source.truth)
         guesses = {"before": self.guess(before, scene)}
         yield (view := View(source, settings, stream, report, pictures, guesses, box))
-        start = [report.caption or ""], report.t0, report.steps, report.seed
-        walk = codec.ldm.enhance(item.z_hat, *start, config.walk(report.quality).guidance, batched=True)
-        for step, z in enumerate(walk, 1):  # noqa: B007 (the last one is looked at)
+        for step, z in enumerate(codec.enhance(item, batched=True), 1):  # noqa: B007 (the last one is looked at)
             yield replace(view, step=step)
         after = picture(z) if step else before
         pictures = pictures | {"after": after} | ({"error": error_picture(source.image, after)} if source else {})
@@ -284,10 +280,10 @@ def open_photo(data: bytes, name: str = "the file") -> Image.Image:
 
 
 def data_url(image: Image.Image, **how: Any) -> str:
-    """A picture in place of its address, as a WebP file; `how` as Pillow has it."""
-    file = io.BytesIO()
-    image.save(file, "WEBP", **how)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    """A picture in place of its address, as a WebP file (PNG where it is too long for one); `how` as Pillow has it."""
+    file, kind = io.BytesIO(), "webp" if max(image.size) < 1 << 14 else "png"
+    image.save(file, kind, **how)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def first_of(guesses: Guesses) -> dict[str, tuple[str, float]]:

@@ -37,7 +37,7 @@ function facts(model, el) {
 function picture(model, el) { // the split picture, and whether anybody still answers
   el.innerHTML = `<div class="view"></div><p class="said" role="status"></p>`;
   const [view, said] = el.children, show = splitViewer(view), served = document.body.dataset.voila;
-  let heard = Date.now(), last = heard, asked = heard, moved = 0, lost = false;
+  let heard = Date.now(), last = heard, asked = heard, moved = 0, lost = false, reads = false;
 
   function draw() {
     for (const [side, what] of Object.entries(model.get("shown"))) {
@@ -80,14 +80,19 @@ function picture(model, el) { // the split picture, and whether anybody still an
   });
   model.on("msg:custom", ({ query }) => {
     heard = Date.now();
-    if (query && served) history.replaceState(null, "", `?${query}`);
+    if (!query || !served) return;
+    history.replaceState(null, "", `?${query}`);
+    reads = false;
   });
   const follow = () => { // the address follows the controls; of a quick series of moves only the last one is kept
     if (`?${model.get("query")}` === location.search) return;
-    history[Date.now() - moved < 1000 ? "replaceState" : "pushState"](null, "", `?${model.get("query")}`);
+    history[reads || Date.now() - moved < 1000 ? "replaceState" : "pushState"](null, "", `?${model.get("query")}`);
     moved = Date.now();
   };
-  const read = () => model.send({ query: location.search.slice(1) });
+  const read = () => { // what the address says; what it cannot say is put right in its place, or "back" would lead here again
+    reads = true;
+    model.send({ query: location.search.slice(1) });
+  };
   if (served) {
     model.on("change:query", follow);
     addEventListener("popstate", read);

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -69,6 +70,7 @@ class Page:
         Without an explorer it loads the models that are shipped; `wanted` are values for some of the controls.
         """
         self.photo: Source | None = None
+        self._upload: tuple[bytes, str] | None = None  # a photograph that is not decoded yet: no move loses it
         self.view: View | None = None
         self.answered: dict[str, float] = {}
         # Who sees what at how many bytes, and the picture: of the original, of SLIM, of its rivals. "", None: not there
@@ -111,7 +113,7 @@ class Page:
 
     def follow(self, query: str) -> None:
         """Show what a link says, and the usual where it says nothing, or nothing that can be."""
-        self.photo, self.picture.said = None, ""
+        self.photo, self._upload, self.picture.said = None, None, ""
         for values in (self._defaults, dict(parse_qsl(query))):
             self._move(values)
         self._ask()
@@ -123,9 +125,11 @@ class Page:
         before, self._quiet = self._quiet, True
         for name in values.keys() & self.controls.keys():
             control, value = self.controls[name], values[name]
-            with contextlib.suppress(ValueError, traitlets.TraitError):
+            with contextlib.suppress(ValueError, KeyError, traitlets.TraitError):
                 is_flag = isinstance(control.value, bool)
-                control.value = str(value) == "True" if is_flag else type(control.value)(value)
+                read = {"True": True, "False": False}[str(value)] if is_flag else type(control.value)(value)
+                if getattr(control, "min", read) <= read <= getattr(control, "max", read):
+                    control.value = read
         self._quiet = before
         opened = bool(self.view and not self.view.source)
         for name in MADE:
@@ -137,18 +141,19 @@ class Page:
             return
         moved = next(name for name, control in self.controls.items() if control is change["owner"])
         if moved == "scene":
-            self.photo = None
+            self.photo = self._upload = None
         self._move({"caption": "typed"} if moved == "words" else {})
-        self.picture.said = ""
         if moved in ("left", "over"):
             self._address()
             self._draw()
         else:
+            self.picture.said = ""
             self._ask()
 
     def _ask(self, upload: tuple[bytes, str] | None = None) -> None:
         self._address()
-        self._submit(functools.partial(self._answer, self.settings, self.photo, upload), "compressing")
+        self._upload = upload or self._upload
+        self._submit(functools.partial(self._answer, self.settings, self.photo, self._upload), "compressing")
 
     def _address(self) -> None:
         """The link to what is shown; there is none to a photograph."""
@@ -220,11 +225,15 @@ class Page:
             self.rows[result.name] = needs, result.guesses, result.image
             self._draw()
         elif isinstance(result, Source):
-            self.photo = result
+            self.photo, self._upload = result, None
         else:
+            moved = self._upload and self.view and self.view.source and self.view.settings != self.settings
+            self._upload = None
             known = isinstance(result, (ValueError, IndexError))
             self.picture.said = str(result) if known else f"That failed: {type(result).__name__}: {result}"
             self.picture.doing = ""
+            if moved:  # since a photograph came that is none
+                self._ask()
 
     def _show(self, view: View, newest: bool) -> None:
         """Put a stage of an answer on the page; `newest` if there was no other move meanwhile."""
@@ -232,8 +241,9 @@ class Page:
         if view.step and not view.done:
             self.picture.doing = f"UNet, step {view.step} of {report.steps}"
             return
-        pinned = self.rows.get("pinned") if self.view and self.view.source is source else None  # of the same picture
-        self.view = view
+        before, self.view = self.view, view
+        same = before and before.source is source and before.pictures["before"].size == view.pictures["before"].size
+        pinned = self.rows.get("pinned") if same else None  # of the same picture
         if newest:
             self.answered["after" if view.done else "before"] = perf_counter() - self._asked
             self.picture.doing = "" if view.done else "UNet"
@@ -246,12 +256,16 @@ class Page:
             size = next((size for size in SIZES if size >= report.size), SIZES[-1])
             told = {name: getattr(report, name) for name in ("steps", "t0", "seed")} | {"words": report.caption or ""}
             told |= {"caption": "typed" if report.caption else "none", "weights": view.settings.weights}
+            self.controls["steps"].max = max(self.controls["steps"].max, report.steps)
             self._move({**told, "size": size, "auto": False})
+        left = self.controls["left"]
         if pinned:
-            self.rows["pinned"] = pinned
-        elif self.controls["left"].value == "pinned":
-            self._move({"left": "original"})
-            self._address()
+            self.rows["pinned"] = pinned if pinned[1] else self.rows["SLIM"]  # it was not finished
+        elif "pinned" in left.options:  # it cannot be chosen any more, nor linked to
+            chosen, self._quiet = left.value, True
+            left.options, self._quiet = left.options[:-1], False  # which chooses the first
+            self._move({"left": chosen})
+            self.picture.query = self.picture.query.replace("left=pinned", "left=original")
         self._move({"t0": report.t0, "steps": report.steps} if self.controls["auto"].value else {})
         if self.controls["caption"].value != "typed":
             self._move({"words": report.caption or ""})
@@ -271,8 +285,7 @@ class Page:
             return {**rows[name], "url": _url(image)} if image else None
 
         left, lies = (self.controls[name].value for name in ("left", "over"))
-        image = view.pictures.get(OVER[lies])
-        over = {"name": lies, "url": _url(image)} if image else None
+        over = {"name": lies, "url": _url(image)} if (image := view.pictures.get(OVER[lies])) else None
         self.picture.shown = {"left": side(left), "right": side("SLIM"), "over": over}
         said = f"{report.size} bytes, {report.bpp:.3f} bits per pixel, "
         said += f"“{report.caption}”, " if report.caption else "no caption, "
@@ -304,8 +317,7 @@ class Page:
         scenes, size = [(index, self.explorer.scenes[index]) for index in THUMBNAILS], (64, 64)
         pictures = [(i, s.noun, _url(s.image.resize(size, Image.Resampling.LANCZOS))) for i, s in scenes]
         self.scenes = Viewer(part="scenes", shown={"pictures": pictures, "on": None})
-        self.picture = Viewer(part="picture")
-        self.facts = Viewer(part="facts", known=self.explorer.constants())
+        self.picture, self.facts = Viewer(part="picture"), Viewer(part="facts", known=self.explorer.constants())
         for viewer in (self.scenes, self.picture, self.facts):
             viewer.on_msg(self._said)
         sizes = [(f"{size} bytes", size) for size in SIZES]
@@ -353,12 +365,13 @@ class Newest:
 
     A job is a function that returns an iterator. Its first result is delivered even if a newer job waits (something
     moves while a slider is dragged), the others only as long as it is the newest. Results arrive in the order of the
-    jobs, so an old one never replaces a new one.
+    jobs, so an old one never replaces a new one; but where the newest fails at once, what it interrupted goes on.
     """
 
     def __init__(self, deliver: Callable[[int, Any], None]) -> None:
         """`deliver` gets a job's number and a result, or the exception that ended it, in the worker's thread."""
         self._deliver, self.newest = deliver, 0
+        self._undone: Iterator[Any] = iter(())  # of the job before
         # A new thread computes with as many threads as any other one has asked for last.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self._last: Future[Any] = self._thread.submit(int)
@@ -371,18 +384,25 @@ class Newest:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Until nothing runs or waits; False if that takes longer."""
-        return not wait([self._last], timeout).not_done
+        return not wait([last := self._last], timeout).not_done and (last is self._last or self.wait(timeout))
 
     def apart(self, work: Callable[[], Any]) -> Any:
         """The result of some work, done in the worker's thread while the caller waits."""
         return self._thread.submit(work).result()
 
     def _run(self, number: int, job: Callable[[], Iterator[Any]]) -> None:
+        undone, self._undone = self._undone, job()
+        if number != self.newest:
+            return
         try:
-            for i, result in enumerate(job() if number == self.newest else ()):
+            for i, result in enumerate(self._undone):
                 if i == 0 or number == self.newest:
+                    undone = iter(())
                     self._deliver(number, result)
+                else:
+                    self._undone = chain([result], self._undone)
                 if number != self.newest:
                     return
-        except Exception as error:  # a page must tell what went wrong, and go on
+        except Exception as error:  # a page must tell what went wrong, and go on with what was asked before
             self._deliver(number, error)
+            self._run(number, lambda: undone)

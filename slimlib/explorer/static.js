@@ -63,8 +63,8 @@ function leftSide(scene, step) { // what stands left of the line: a title, a pic
 // ---- the page
 
 async function draw() {
+  for (let i = state.scene; !sprites[i]; i = state.scene) sprites[i] = await load(DATA.scenes[i].sprite); // it may change meanwhile
   const scene = DATA.scenes[state.scene], step = scene.steps[state.step], answer = step[state.caption];
-  sprites[state.scene] ??= await load(scene.sprite);
   const [title, index, seen] = leftSide(scene, step), shown = place(state.step, state.caption);
   const told = !document.body.classList.contains("hides");
   show("left", cut(state.scene, index), told ? `${title}: ${plain(seen)}` : title);
@@ -103,6 +103,7 @@ function fromAddress() { // unknown names and values count for nothing
     if (name in most && +value >= 0 && +value <= most[name]) values[name] = Math.round(value);
     if (name.startsWith("pin") && name in usual && /^\d (right|wrong|none)$/.test(value) && +value[0] <= most.step) values[name] = value;
   }
+  if (!(values[values.left] ?? "there")) values.left = usual.left; // a pin that is not there
   return change(values, false);
 }
 

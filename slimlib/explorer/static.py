@@ -27,6 +27,8 @@ def build(out: Path, explorer: Explorer | None = None, count: int = 12, qualitie
 
     Some minutes on one core. The page needs nothing but its own file.
     """
+    if out.is_dir():  # before the minutes
+        raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'explorer.html'}")
     explorer = explorer or Explorer()
     table = read_table(RESULTS / "evaluation.csv")
     settings = Settings(weights=explorer.weights[0])
