@@ -69,12 +69,18 @@ def psnr(one: Any, other: Any) -> float:
     return float(-10 * np.log10(np.mean((np.asarray(one, float) - np.asarray(other, float)) ** 2) / 255**2))
 
 
+def index_of(explorer: Explorer, noun: str) -> int:
+    """The first scene of a noun, in the order in which the page chooses its scenes."""
+    order = np.random.default_rng(0).permutation(len(explorer.scenes)).tolist()
+    return next(i for i in order if explorer.scenes[i].noun == noun)
+
+
 @pytest.mark.parametrize("step", (0, 1))
 @pytest.mark.parametrize("caption", ("right", "wrong", "none"))
 def test_bytes_words_and_pictures_are_the_codecs(page: Any, explorer: Explorer, step: int, caption: str) -> None:
     opened(page, step=step, caption=caption)
     name = page.inner_text("#told .summary b")
-    index = next(i for i in explorer._sources if explorer.scene(i).name.endswith(f": {name}"))
+    index = index_of(explorer, name)
     words = re.search("“(.*)”", page.inner_text("#told .summary"))
     codec = explorer.codec(explorer.weights[0])
     stream = codec.compress(explorer.scene(index).image, QUALITIES[step], words and words[1])
@@ -94,9 +100,8 @@ def test_the_committed_page_is_of_these_sources_and_weights(explorer: Explorer) 
     known = json.JSONDecoder().raw_decode(page, page.index("const DATA = ") + len("const DATA = "))[0]
     assert known["curves"] == explorer.constants()["curves"] and known["lines"] == explorer.constants()["lines"]
     assert len(known["scenes"]) == 12 and known["qualities"] == list(static.QUALITIES)
-    indices = np.random.default_rng(0).permutation(len(explorer.scenes)).tolist()
     for scene in known["scenes"][:2]:
-        index = next(i for i in indices if explorer.scenes[i].noun == scene["name"])
+        index = index_of(explorer, scene["name"])
         for quality, step in zip(known["qualities"], scene["steps"], strict=True):
             if quality in (0.0, 0.4, 1.0):
                 settings = Settings(index, quality, weights=explorer.weights[0], caption=scene["words"]["right"])
