@@ -202,7 +202,8 @@ def _read(source: Path, output: Path | None = None, force: bool = False) -> io.B
     """The input, read once as a pipe must be; what is wrong with files is said before models load."""
     from slimlib.utils import in_place
 
-    data = io.BytesIO(source.read_bytes())
+    with source.open("rb") as file:
+        data = io.BytesIO(file.read(1 << 29))  # a device such as /dev/zero has no end
     data.name = str(source)
     if output and output.exists():
         if output.is_dir() or output.samefile(source):

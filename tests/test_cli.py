@@ -122,6 +122,7 @@ def test_nothing_is_overwritten_unasked(world: Path, whole: bytes, capsys: Captu
         ("decompress . out.png", "Is a directory: '.'"),
         ("inspect cut.slim", "damaged"),
         ("inspect none.slim", "'none.slim'"),
+        ("inspect /dev/zero", "not a .slim stream"),
     ],
 )
 def test_failures_say_why_in_one_line(world: Path, whole: bytes, capsys: Capture, words: str, reason: str) -> None:
