@@ -24,6 +24,7 @@ from PIL import Image
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
 from slimlib.entropy import RangeDecoder, RangeEncoder
+from slimlib.images import check_finite
 from slimlib.scales import load_plain, load_pretrained, reading
 from slimlib.stream import StreamError
 from slimlib.utils import Device, pick_device, quiet_libraries, write_file
@@ -50,6 +51,8 @@ class Captioner:
         """Load from a folder or from a model hub ("owner/name@revision"); raises as `scales.load_pretrained` does."""
         quiet_libraries()
         model = load_pretrained(BlipForConditionalGeneration, name, dtype=torch.float32)
+        for weights in model.parameters():  # else it would say one word of every picture
+            check_finite(weights, f"the captioner {name}")
         return cls(model, load_plain(AutoProcessor, name), device)
 
     def caption(self, images: Sequence[Image.Image], max_tokens: int = 20) -> list[str]:

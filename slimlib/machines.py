@@ -76,7 +76,8 @@ def load_machine(name: str, device: Device = None) -> Machine:
     try:
         place = f"local-dir:{name}" if local else f"hf-hub:timm/{name}" if pinned else name
         net = timm.create_model(place, pretrained=True)
-        check_finite(torch.cat([tensor.flatten().float() for tensor in net.state_dict().values()]), "the machine")
+        for weights in net.state_dict().values():
+            check_finite(weights, "the machine")
     except Exception as error:
         if isinstance(error, OSError) and not local:  # a misspelt name does not come that far
             raise hub_error(f"timm/{name}", error) from error
