@@ -293,13 +293,13 @@ def command(options: Options) -> int:
         scenes: Any = PocketScenes(split, scale.size, options.seed, options.n)
         about["data"] = scenes.fingerprint()
     else:
+        given["machine"] = load_machine(scale.machine_a, device)
+        if given["machine"].classes == CLASSES:  # before a hub's pictures are fetched
+            raise ValueError(f"the machines of scale {scale.name!r} know PocketScenes, not {options.data}")
         pictures = Pictures.open(options.data, options.split, options.out / "pictures", options.n, options.seed)
         scenes = ImageNetScenes(pictures, options.protocol, scale.size)
         about |= {"data": pictures.fingerprint(), "protocol": options.protocol}
         about["models"] += [scale.machine_a, scale.captioner]
-        given["machine"] = load_machine(scale.machine_a, device)
-        if given["machine"].classes == CLASSES:
-            raise ValueError(f"the machines of scale {scale.name!r} know PocketScenes, not {options.data}")
         given["captioner"] = Captioner.from_pretrained(scale.captioner, device=device)
         if options.roi == "clipseg":
             about["models"].append(options.clipseg)

@@ -132,7 +132,8 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     model = LatentCompressor.from_pretrained(options.start, device) if options.start else None
     if model and (model.config.latent_channels, model.config.factor) != tuple(shape.values()):
         raise ValueError(f"{options.start} works on other latents than those in {options.cache}: {shape}")
-    if model and CaptionPrior.load(options.start / CAPTION_PRIOR):  # type: ignore[operator]  # needed in the end
+    if model and options.start:
+        CaptionPrior.load(options.start / CAPTION_PRIOR)  # the result needs it: refused now, not after all steps
         model.config = replace(model.config, **walks)
     if not isinstance(config, Stage2Config):
         start = model or CompressorConfig(**shape, **walks)
@@ -147,8 +148,7 @@ def _train(options: Job, config: Stage1Config, cache: Cache, work: Path, device:
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     ldm = LatentDiffusion.from_pretrained(scale.ldm, scale.variant, device, dtype)
     teachers = [load_machine(name, device) for name in scale.teachers]
-    known, top = min(len(one.classes) for one in teachers), cache.labels.max()
-    if config.task == "ce" and top >= known:
+    if config.task == "ce" and (top := cache.labels.max()) >= (known := min(len(one.classes) for one in teachers)):
         raise ValueError(f"{options.cache} has labels up to {top}, and a teacher of {scale.name} knows {known} classes")
     arrays = cache.latents, cache.masks, cache.labels, cache.captions
     return train_stage2(config, *arrays, ldm, teachers, work, model, cache.images, **limits)
